@@ -1,0 +1,145 @@
+"""Parameters on disk: Orbax checkpoints ("parts") of at most a gigabyte each, written and read one after the other.
+
+Orbax keeps its own copies of what it is writing until it commits. Parts bound that to a part, whatever the size of the
+model, and let a checkpoint be converted while no more than one part of it is in memory.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from orbax.checkpoint import v1 as ocp
+
+from qtale_jax.errors import InputError
+from qtale_jax.models.decoder import Parameters
+from qtale_jax.quantization.storage import array_bytes
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save; errors are raised anyway
+
+PART_BYTES = 2**30
+"""A part takes parameters until it holds this many bytes."""
+
+Flat = dict[str, Any]
+"""Leaves by path, "layers/0/attention/query/kernel"."""
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """Stands for an array that is read (as NumPy) only when its part is written."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape))
+
+
+def flatten(params: Parameters) -> Flat:
+    """Nested parameters with one tree per layer -> leaves by path."""
+    named = {**params, "layers": {str(index): layer for index, layer in params["layers"].items()}}
+    return traverse_util.flatten_dict(named, sep="/")
+
+
+def nest(flat: Flat) -> Parameters:
+    """Inverse of `flatten`; layer indices become ints again, in order."""
+    params = traverse_util.unflatten_dict(flat, sep="/")
+    params["layers"] = {index: params["layers"][str(index)] for index in sorted(map(int, params["layers"]))}
+    return params
+
+
+def write_arrays(directory: Path, flat: Flat) -> None:
+    """Writes leaves (JAX or NumPy arrays, or `Deferred`) below `directory`, which must not exist.
+
+    float32, bfloat16, float16, int8, int4, uint8 and uint32 come back bit for bit; Orbax cannot store uint4.
+    """
+    for index, names in enumerate(_parts(flat)):
+        leaves = {}
+        for name in names:
+            leaf = flat[name]
+            leaves[name] = leaf.read() if isinstance(leaf, Deferred) else leaf
+        ocp.save((directory / f"part-{index:05d}").resolve(), traverse_util.unflatten_dict(leaves, sep="/"))
+
+
+def _parts(flat: Flat) -> Iterator[list[str]]:
+    names, held = [], 0
+    for name, leaf in flat.items():
+        size = array_bytes(leaf)
+        if names and held + size > PART_BYTES:
+            yield names
+            names, held = [], 0
+        names.append(name)
+        held += size
+    if names:
+        yield names
+
+
+def file_sizes(directory: Path) -> dict[str, int]:
+    """Bytes of every file below `directory`, by relative path."""
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    return {file.relative_to(directory).as_posix(): file.stat().st_size for file in files}
+
+
+def check_files(directory: Path, sizes: dict[str, int]) -> None:
+    """Compares the files below `directory` with what was recorded when they were written.
+
+    Raises:
+        InputError: a file is missing or has another size, with its name.
+    """
+    for name, expected in sizes.items():
+        file = directory / name
+        if not file.is_file():
+            raise InputError(f"{file} is missing: the model directory is incomplete")
+        if (found := file.stat().st_size) != expected:
+            raise InputError(f"{file} has {found} bytes, expected {expected}: it is truncated or damaged")
+
+
+def read_arrays(directory: Path, expected: dict[str, jax.ShapeDtypeStruct]) -> Flat:
+    """Reads all parts straight into the shardings of `expected`.
+
+    Raises:
+        InputError: names, shapes or types differ from what is expected, or the files are damaged.
+    """
+    stored = {part: _metadata(part) for part in sorted(directory.glob("part-*"))}
+    _check_contents(directory, {name: leaf for leaves in stored.values() for name, leaf in leaves.items()}, expected)
+    flat = {}
+    for part, leaves in stored.items():
+        abstract = traverse_util.unflatten_dict({name: expected[name] for name in leaves}, sep="/")
+        try:
+            loaded = ocp.load(part.resolve(), abstract)
+        except Exception as error:  # whatever Orbax and TensorStore find wrong with the files
+            raise InputError(f"{part} is damaged: {_first_line(error)}") from error
+        flat |= traverse_util.flatten_dict(loaded, sep="/")
+    return {name: flat[name] for name in expected}
+
+
+def _metadata(part: Path) -> Flat:
+    try:
+        return traverse_util.flatten_dict(ocp.metadata(part.resolve()).metadata, sep="/")
+    except Exception as error:  # as above
+        raise InputError(f"{part} is damaged: {_first_line(error)}") from error
+
+
+def _check_contents(directory: Path, stored: Flat, expected: dict[str, jax.ShapeDtypeStruct]) -> None:
+    if missing := sorted(expected.keys() - stored.keys()):
+        raise InputError(f"{directory}: {missing[0]} is missing ({len(missing)} in all)")
+    if extra := sorted(stored.keys() - expected.keys()):
+        raise InputError(f"{directory}: {extra[0]} is not part of the model that model.json describes")
+    for name, want in expected.items():
+        found = stored[name]
+        if tuple(found.shape) != want.shape or np.dtype(found.dtype) != want.dtype:
+            raise InputError(
+                f"{directory}: {name} is {np.dtype(found.dtype)}{tuple(found.shape)}, "
+                f"model.json says {want.dtype}{want.shape}"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,112 @@
+"""A directory that appears whole or not at all."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from qtale_jax.errors import InputError
+
+
+def refuse_existing(path: str | Path) -> None:
+    """Raises what `new_directory` would: stages call it before they work, so that nothing is computed to be thrown away.
+
+    Raises:
+        InputError: `path` exists and is not an empty directory.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{path} exists already; choose another output or remove it")
+
+
+@contextmanager
+def new_directory(
+    path: str | Path, *, overwrite: bool = False, replaceable: Callable[[Path], bool] = lambda _: False
+) -> Iterator[Path]:
+    """Yields a temporary sibling of `path`; when the block ends well, flushes it to disk and renames it to `path`.
+
+    When the block raises, the temporary directory is removed and `path` is as it was. With several processes, which
+    must share the file system, all enter the block with the same temporary directory and process 0 renames.
+
+    Args:
+        path: a directory that does not exist yet, or an empty one.
+        overwrite: allow `path` to exist if `replaceable(path)`; the old directory is moved aside, then deleted.
+        replaceable: says whether an existing directory is of the kind that may be overwritten.
+
+    Raises:
+        InputError: `path` exists and may not be overwritten, or cannot be created.
+    """
+    path = Path(path).absolute()
+    taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    if taken and not overwrite:
+        raise InputError(f"{path} exists already; choose another output or remove it")
+    if taken and not replaceable(path):
+        raise InputError(f"{path} exists and is not a directory of the kind that would be written; it is left as it is")
+    token = _shared_token()
+    temporary = path.with_name(f".{path.name}.{token}.tmp")
+    first = jax.process_index() == 0
+    try:
+        if first:
+            _create(temporary)
+        _wait("created", token)
+        yield temporary
+        _wait("written", token)
+        if first:
+            _flush(temporary)
+            _replace(path, temporary, token)
+        _wait("renamed", token)
+    finally:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _create(directory: Path) -> None:
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        directory.mkdir()
+    except OSError as error:
+        raise InputError(f"{directory.parent}: cannot create a directory there ({error.strerror})") from error
+
+
+def _replace(path: Path, temporary: Path, token: str) -> None:
+    old = path.with_name(f".{path.name}.{token}.old")
+    if path.exists():
+        path.rename(old)
+    temporary.rename(path)
+    _flush_directory(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _shared_token() -> str:
+    number = np.uint32(uuid.uuid4().int & 0xFFFFFFFF)
+    if jax.process_count() > 1:
+        number = multihost_utils.broadcast_one_to_all(number)
+    return f"{int(number):08x}"
+
+
+def _wait(what: str, token: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"{what}-{token}")
+
+
+def _flush(root: Path) -> None:
+    """A rename is only safe after a power cut when what it names has reached the disk."""
+    for directory, _, files in os.walk(root):
+        for name in files:
+            with open(os.path.join(directory, name), "rb") as file:
+                os.fsync(file.fileno())
+        _flush_directory(Path(directory))
+
+
+def _flush_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

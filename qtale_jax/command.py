@@ -1,0 +1,95 @@
+"""What the entry points share: arguments, help, and errors that are one line.
+
+Nothing here imports JAX, so that `--help` and a refused configuration answer at once. An entry point looks like this:
+
+    def main(argv: Sequence[str] | None = None) -> None:
+        config = parse("train", STAGES["train"], argv)
+        ...
+
+    if __name__ == "__main__":
+        run(main)
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import yaml
+
+from qtale_jax.config.help import help_text
+from qtale_jax.config.loading import load_config, resolve
+from qtale_jax.config.schema import Config
+from qtale_jax.errors import InputError
+
+STAGES = {
+    "convert": "Hugging Face checkpoint to model directory, and back with --to-hf",
+    "train": "train a model from nothing, or fine-tune one with adapters and routers",
+    "quantize": "round the linears of a model to few bits",
+    "calibrate": "find the threshold that gives an executed ratio, or keeps the quality",
+    "evaluate": "measure accuracy, perplexity, executed ratio and cost of a model",
+    "generate": "continue prompts",
+    "experiment": "run all stages over methods, quantizers and seeds, then report",
+    "report": "write results.json, the Markdown table and the HTML page of an experiment",
+}
+"""The entry points `python -m qtale_jax.<stage>`, in the order of use."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are `InputError`s, and whose epilog may be a function that is called only for help."""
+
+    def __init__(self, *args: Any, keys: Callable[[int], str] | None = None, **settings: Any):
+        super().__init__(*args, allow_abbrev=False, **settings)
+        self._keys = keys
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the message instead of printing the usage and exiting."""
+        raise InputError(f"command line: {message}; see {self.prog} --help")
+
+    def format_help(self) -> str:
+        """Returns usage and arguments, then the configuration keys."""
+        text = super().format_help()
+        return f"{text}\n{self._keys(shutil.get_terminal_size((140, 24)).columns)}\n" if self._keys else text
+
+
+def stage_parser(stage: str, description: str) -> Parser:
+    """Returns the parser of a stage that is driven by a configuration file."""
+    parser = Parser(prog=f"python -m qtale_jax.{stage}", description=description, keys=help_text)
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="replaces a value of the file")
+    parser.add_argument("--print-config", action="store_true", help="print the complete configuration and stop")
+    return parser
+
+
+def parse(stage: str, description: str, argv: Sequence[str] | None = None) -> Config:
+    """Returns the checked configuration that the command line asks for; serves `--help` and `--print-config`.
+
+    Raises:
+        InputError: a wrong argument, file, key, value or combination.
+        SystemExit: after `--help` or `--print-config`.
+    """
+    arguments = stage_parser(stage, description).parse_intermixed_args(argv)
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        yaml.safe_dump(resolve(config), sys.stdout, sort_keys=False, allow_unicode=True)
+        raise SystemExit(0)
+    return config
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Calls `main` and exits with its result, 2 and one line on stderr for an `InputError`, 130 if interrupted."""
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # `... | head` closed the pipe; stop quietly, also when the interpreter flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    raise SystemExit(code)

@@ -1,0 +1,86 @@
+"""Checks across sections: combinations of keys that cannot work, or that would silently do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qtale_jax.config.schema import Config
+
+
+def check_combinations(config: Config) -> None:
+    """Checks what can be known before a model or a device is seen.
+
+    Raises:
+        ValueError: names the keys, what was found and what is allowed.
+    """
+    _check_batch(config)
+    _check_trainable(config)
+    if config.model.path is None:
+        _check_architecture(config)
+
+
+def _check_batch(config: Config) -> None:
+    train, mesh = config.train, config.mesh
+    if train.batch_size % train.microbatches:
+        raise ValueError(f"train.microbatches={train.microbatches} does not divide train.batch_size={train.batch_size}")
+    rows = train.batch_size // train.microbatches
+    shards = mesh.data * mesh.fsdp
+    if shards > 0 and rows % shards:
+        raise ValueError(
+            f"mesh.data={mesh.data} times mesh.fsdp={mesh.fsdp} does not divide the {rows} rows of a microbatch "
+            f"(train.batch_size={train.batch_size}, train.microbatches={train.microbatches})"
+        )
+
+
+def _check_trainable(config: Config) -> None:
+    train, method = config.train, config.routing.method
+    if train.parameters == "routers" and method == "dense":
+        raise ValueError(
+            "train.parameters='routers' does not go with routing.method='dense', which has none; "
+            "allowed: 'adapters', 'all', or another routing.method"
+        )
+    if train.parameters == "adapters" and config.lora is None and method == "dense":
+        raise ValueError(
+            "train.parameters='adapters' with lora=null and routing.method='dense' leaves nothing to train; "
+            "allowed: train.parameters='all', a lora section, or another routing.method"
+        )
+    if train.distillation.weight and config.model.path is None and config.experiment.base is None:
+        raise ValueError(
+            f"train.distillation.weight={train.distillation.weight:g} needs a dense model to distil from; "
+            "allowed: model.path, or weight 0"
+        )
+
+
+def _check_architecture(config: Config) -> None:
+    """Checks against the shape of a model that is initialised here; others are checked when they are loaded."""
+    architecture, layers = config.model.architecture, config.model.architecture.num_layers
+    always_on = config.routing.always_on_layers
+    if config.routing.method != "dense" and always_on >= layers:
+        raise ValueError(
+            f"routing.always_on_layers={always_on} leaves no routed layer of {layers}; allowed: 0 to {layers - 1}"
+        )
+    if config.data.length > architecture.max_length:
+        raise ValueError(
+            f"data.length={config.data.length} is longer than the context; "
+            f"allowed: up to model.architecture.max_length={architecture.max_length}"
+        )
+    head = architecture.head_dim or architecture.hidden_size // architecture.num_heads
+    inputs = sorted({architecture.hidden_size, architecture.num_heads * head, architecture.intermediate_size})
+    for key, group_size in _group_sizes(config):
+        undivided = [size for size in inputs if group_size > 0 and size % group_size]
+        if undivided:
+            raise ValueError(
+                f"{key}={group_size} does not divide the {undivided[0]} inputs of a linear; "
+                f"allowed: -1, or a divisor of {', '.join(map(str, inputs))}"
+            )
+
+
+def _group_sizes(config: Config) -> Iterator[tuple[str, int]]:
+    """Yields (key, group size) of every quantizer that would run on the model initialised here."""
+    if config.quantize.model is None:
+        yield "quantize.group_size", config.quantize.group_size
+    yield "train.quantization_aware.group_size", config.train.quantization_aware.group_size
+    for index, quantizer in enumerate(config.experiment.quantizers):
+        yield f"experiment.quantizers.{index}.group_size", quantizer.group_size

@@ -1,0 +1,107 @@
+"""The Grain pipeline: shuffled, repeated, batched, sharded by process, resumable at any batch.
+
+Rows are tokenized once and held as arrays; Grain orders indices. Indices are batched before rows are gathered, so that
+the host's work per batch is one fancy index instead of a Python call per row.
+"""
+
+import logging
+from typing import Any, Self
+
+import grain
+import numpy as np
+
+from qtale_jax.config.schema import Config
+from qtale_jax.data.rows import Rows, build_rows, empty_like
+from qtale_jax.data.tokens import examples
+
+log = logging.getLogger(__name__)
+
+
+class Pipeline:
+    """An iterator over this process's part of every global batch.
+
+    `get_state` / `set_state` save and restore the position; the state is JSON. The training split repeats for ever,
+    reshuffled in every epoch; the others pass once, and the last batch is filled up with padding rows.
+    """
+
+    def __init__(self, rows: Rows, iterator: Any, part: slice):
+        self._rows, self._iterator, self._part = rows, iterator, part
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Rows:
+        indices = np.asarray(next(self._iterator))[self._part]
+        real = indices >= 0
+        batch = {name: array[np.where(real, indices, 0)] for name, array in self._rows.items()}
+        if not real.all():
+            padding = empty_like(self._rows, len(indices))
+            batch = {n: np.where(real[:, None], array, padding[n]) for n, array in batch.items()}
+        return batch
+
+    def get_state(self) -> dict:
+        """Position after the last batch returned."""
+        return self._iterator.get_state()
+
+    def set_state(self, state: dict) -> None:
+        """Continues after the batch that was last when `state` was taken."""
+        self._iterator.set_state(state)
+
+
+def load_rows(config: Config, tokenizer: Any, split: str) -> Rows:
+    """Reads, tokenizes and lays out one split."""
+    found, touched = examples(config, tokenizer, split)
+    if touched:
+        log.warning(
+            "%s: %d examples longer than data.length=%d were %s", split, touched, config.data.length,
+            "cut" if config.data.truncation == "right" else "dropped",
+        )
+    return build_rows(found, config.data.length, config.data.packing)
+
+
+def build_pipeline(
+    config: Config,
+    tokenizer: Any,
+    *,
+    split: str,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    seed: int = 0,
+) -> Pipeline:
+    """Builds the pipeline of one split.
+
+    Args:
+        config: data section and model-independent settings.
+        tokenizer: of the model.
+        split: "train" repeats and shuffles; "calibration", "validation" and "test" do neither.
+        batch_size: rows of the global batch.
+        process_index: which part of it: rows [i B / n, (i + 1) B / n).
+        process_count: number of parts; has to divide the batch.
+        seed: of the order of the training split.
+
+    Raises:
+        InputError: bad data.
+        ValueError: `process_count` does not divide `batch_size`.
+    """
+    if batch_size % process_count:
+        raise ValueError(f"{process_count} processes do not divide a batch of {batch_size} rows")
+    return from_rows(load_rows(config, tokenizer, split), split, batch_size, process_index, process_count, seed)
+
+
+def from_rows(rows: Rows, split: str, batch_size: int, process_index: int, process_count: int, seed: int) -> Pipeline:
+    """The pipeline over rows that are laid out already."""
+    count = len(rows["tokens"])
+    if split == "train":
+        indices = grain.MapDataset.range(count).shuffle(seed=seed).repeat()
+    else:
+        indices = grain.MapDataset.source([i if i < count else -1 for i in range(-(-count // batch_size) * batch_size)])
+    batched = indices.batch(batch_size, drop_remainder=True)
+    share = batch_size // process_count
+    iterator = iter(batched.to_iter_dataset(grain.ReadOptions(num_threads=0)))
+    return Pipeline(rows, iterator, slice(process_index * share, (process_index + 1) * share))
+
+
+def steps_per_epoch(config: Config, tokenizer: Any) -> int:
+    """Optimizer steps that pass once over the training split."""
+    return max(1, len(load_rows(config, tokenizer, "train")["tokens"]) // config.train.batch_size)

@@ -1,0 +1,212 @@
+"""Evaluating one model: accuracy on multiple choice, nats per token, what was executed, what it costs."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from qtale_jax.artifact import LoadedModel, weight_bytes
+from qtale_jax.config.schema import Config
+from qtale_jax.data.sources import Choice, Document, Record, read
+from qtale_jax.data.tokens import encode_pairs, tokenize, truncate
+from qtale_jax.evaluation.likelihood import HISTOGRAM_EDGES, Counted, Likelihoods, Row, likelihoods
+from qtale_jax.inference.policies import inference_policy
+from qtale_jax.models.cost import flops_per_token
+from qtale_jax.models.decoder import Parameters
+from qtale_jax.models.forward import forward
+from qtale_jax.models.policy import Policy
+from qtale_jax.models.specification import ModelSpecification
+from qtale_jax.models.stacking import can_stack, stack_layers
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Accuracy per task and their mean, with the standard error of the mean over tasks."""
+
+    tasks: dict[str, float]
+    mean: float
+    standard_error: float
+
+
+def choice_rows(examples: Sequence[Choice], tokenizer: Any) -> tuple[list[Row], np.ndarray]:
+    """One row per choice, and which example each row belongs to."""
+    owners = np.repeat(np.arange(len(examples)), [len(example.choices) for example in examples])
+    pairs = [(example.query, " " + choice) for example in examples for choice in example.choices]
+    return [Row(*tokens) for tokens in encode_pairs(tokenizer, pairs)], owners
+
+
+def score_choices(examples: Sequence[Choice], owners: np.ndarray, found: Likelihoods, normalize: bool) -> Accuracy:
+    """The choice with the highest log-likelihood, per token if `normalize`, is the answer; ties go to the first."""
+    scores = found.log_likelihood / found.tokens if normalize else found.log_likelihood
+    hits: dict[str, list[bool]] = {}
+    for index, example in enumerate(examples):
+        hits.setdefault(example.task, []).append(int(np.argmax(scores[owners == index])) == example.gold)
+    tasks = {task: float(np.mean(values)) for task, values in hits.items()}
+    variances = [np.mean(v) * (1 - np.mean(v)) / len(v) for v in hits.values()]
+    return Accuracy(tasks, float(np.mean(list(tasks.values()))), math.sqrt(sum(variances)) / len(tasks))
+
+
+def nats_per_token(found: Likelihoods) -> tuple[float, float]:
+    """Mean negative log-likelihood per token and its standard error, rows being the independent units."""
+    nats, tokens = -found.log_likelihood, found.tokens
+    mean = float(nats.sum() / tokens.sum())
+    if len(nats) < 2:
+        return mean, float("nan")
+    residual = nats - mean * tokens
+    return mean, float(np.sqrt(len(nats) / (len(nats) - 1) * np.sum(residual**2)) / tokens.sum())
+
+
+def per_task(records: Sequence[Record], limit: int | None) -> list[Record]:
+    """The first `limit` records of every task."""
+    seen: dict[str, int] = {}
+    kept = []
+    for record in records:
+        task = record.task if isinstance(record, Choice) else ""
+        seen[task] = seen.get(task, 0) + 1
+        if limit is None or seen[task] <= limit:
+            kept.append(record)
+    return kept
+
+
+def likelihood_rows(records: Sequence[Record], tokenizer: Any, config: Config) -> list[Row]:
+    """One row per record: the gold response, or the whole document cut to `data.length`."""
+    tokens = tokenize(records, tokenizer, config.data.loss_on)
+    policy = "right" if isinstance(records[0], Document) else config.data.truncation
+    kept, _ = truncate(tokens, config.data.model_copy(update={"truncation": policy}))
+    return [Row(*entry) for entry in kept if entry.start < len(entry.ids)]
+
+
+def layout(spec: ModelSpecification, params: Parameters) -> Parameters:
+    """Stacked where possible: one compiled layer instead of all of them."""
+    return stack_layers(spec, params) if can_stack(spec) else params
+
+
+def cost(spec: ModelSpecification, counted: Counted) -> dict[str, Any]:
+    """Executed share per layer and FLOPs per token, from the decisions taken."""
+    shares = (counted.executed / counted.tokens).tolist()
+    contexts = (counted.keys / np.maximum(counted.executed, 1.0)).tolist()
+    return {"executed_per_layer": shares, "flops_per_token": flops_per_token(spec, shares, contexts)}
+
+
+def routing_summary(counted: Counted) -> dict[str, Any]:
+    """Mean |logit gap|, expected flip rate under Gumbel noise, histogram; empty values for a dense model."""
+    if counted.decisions == 0:
+        return {"gap_histogram": None, "logit_gap_mean": None, "flip_rate": None}
+    return {
+        "gap_histogram": {"edges": HISTOGRAM_EDGES.tolist(), "counts": counted.histogram.tolist()},
+        "logit_gap_mean": float(counted.gap / counted.decisions),
+        "flip_rate": float(counted.flips / counted.decisions),
+    }
+
+
+def execution_maps(
+    spec: ModelSpecification, params: Parameters, rows: Sequence[Row], tasks: Sequence[str], policy: Policy, tokenizer: Any
+) -> list[dict[str, Any]]:
+    """What each token of a few examples executes, with its probabilities."""
+    if spec.routing is None or not rows:
+        return []
+    width = max(len(row.ids) for row in rows)
+    tokens = np.zeros((len(rows), width), np.int32)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row.ids)] = row.ids
+    lengths = jnp.asarray([len(row.ids) for row in rows], jnp.int32)
+    routing = forward(spec.structure, params, jnp.asarray(tokens), lengths=lengths, policy=policy).routing
+    execute, probability = np.asarray(routing.execute), np.asarray(routing.probability)
+    return [
+        {
+            "tokens": tokenizer.convert_ids_to_tokens(list(row.ids)),
+            "execute": execute[i, : len(row.ids)].tolist(),
+            "probability": probability[i, : len(row.ids)].tolist(),
+            "always_on_layers": spec.routing.always_on_layers,
+            "task": task,
+        }
+        for i, (row, task) in enumerate(zip(rows, tasks, strict=True))
+    ]
+
+
+def evaluate(
+    model: LoadedModel,
+    config: Config,
+    *,
+    theta: float | None = None,
+    point: str | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Evaluates a model on `evaluate.split`.
+
+    Args:
+        model: a loaded model directory.
+        config: data and evaluate sections.
+        theta: one threshold for all layers instead of the model's own.
+        point: label of how theta was set, for reports; default: from the model's calibration.
+        progress: called with the number of rows done.
+
+    Returns:
+        The evaluation file's content: `row` is one row of results.json, beside it what reports draw.
+    """
+    spec, tokenizer = model.spec, model.tokenizer
+    params, policy = layout(spec, model.params), inference_policy(spec, theta)
+    records = per_task(read(config.data, config.evaluate.split), config.evaluate.max_examples)
+    settings = {"batch_size": config.evaluate.batch_size, "progress": progress}
+    gold_rows = likelihood_rows(records, tokenizer, config)
+    gold = likelihoods(spec, params, gold_rows, policy, **settings) if _needs_nats(records, config) else None
+    nats, error = nats_per_token(gold) if gold else (None, None)
+    accuracy, counted = None, gold
+    choices = [record for record in records if isinstance(record, Choice)]
+    if choices:
+        rows, owners = choice_rows(choices, tokenizer)
+        counted = likelihoods(spec, params, rows, policy, **settings)
+        accuracy = score_choices(choices, owners, counted, config.evaluate.normalize)
+        error = accuracy.standard_error
+    assert counted is not None
+    costs = cost(spec, counted.counted)
+    format = spec.quantization.formats[next(iter(spec.quantization.formats))] if spec.quantization else None
+    thetas = spec.thresholds if theta is None else (theta,)
+    routing = spec.routing.method if spec.routing else "dense"
+    tasks = [record.task if isinstance(record, Choice) else config.data.kind for record in records]
+    sizes = weight_bytes(model.params)
+    return {
+        "row": {
+            "model": config.evaluate.name or routing,
+            "routing": routing,
+            "quantizer": spec.quantization.method if spec.quantization else "none",
+            "bits": spec.bits,
+            "group_size": format.group_size if format else -1,
+            "theta": float(np.mean(thetas)) if spec.routing else None,
+            "executed_ratio": counted.executed_ratio,
+            "accuracy": {**accuracy.tasks, "mean": accuracy.mean} if accuracy else None,
+            "standard_error": error,
+            "nats_per_token": nats,
+            "weight_bytes": sizes["total"],
+            "flops_per_token": costs["flops_per_token"],
+            "seed": model.provenance.get("seed") or 0,
+        },
+        "point": point or default_point(spec, theta),
+        "bytes": {part: size for part, size in sizes.items() if part != "total"},
+        "executed_per_layer": costs["executed_per_layer"],
+        **routing_summary(counted.counted),
+        "maps": execution_maps(spec, params, *_examples(gold_rows, tasks, config.evaluate.maps), policy, tokenizer),
+    }
+
+
+def _needs_nats(records: Sequence[Record], config: Config) -> bool:
+    return config.evaluate.perplexity or not isinstance(records[0], Choice)
+
+
+def _examples(rows: Sequence[Row], tasks: Sequence[str], count: int) -> tuple[list[Row], list[str]]:
+    """The first row of each of the first `count` tasks, or the first rows of a single task."""
+    firsts = list({task: index for index, task in reversed(list(enumerate(tasks[: len(rows)])))}.values())
+    chosen = sorted(firsts)[:count] if len(firsts) > 1 else range(min(count, len(rows)))
+    return [Row(rows[i].ids[:48], 1) for i in chosen], [tasks[i] for i in chosen]
+
+
+def default_point(spec: ModelSpecification, theta: float | None) -> str:
+    """How theta came about: given, calibrated to a ratio, or the one of training."""
+    calibration = spec.routing.calibration.get(str(spec.bits)) if spec.routing and theta is None else None
+    if calibration:
+        return f"ratio {calibration['ratio']:.2f}" if calibration["objective"] == "ratio" else "quality"
+    values = (theta,) if theta is not None else spec.thresholds or (0.5,)
+    return f"threshold {np.mean(values):.2f}"

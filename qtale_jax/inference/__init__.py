@@ -1,0 +1,1 @@
+"""Running a model: policies from specifications, sampling, generation."""

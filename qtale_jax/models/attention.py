@@ -1,0 +1,64 @@
+"""Causal grouped-query attention in which skipped tokens leave no keys and values (KV eviction)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from qtale_jax.models.layers import Linear
+from qtale_jax.models.rotary import rotate
+from qtale_jax.models.specification import Architecture
+
+HIDDEN = -1e30
+"""Score of an invisible key: finite, so that a row that sees nothing (padding) gives numbers instead of NaN."""
+
+
+def attend(
+    query: Float[Array, "b t n d"],
+    key: Float[Array, "b s k d"],
+    value: Float[Array, "b s k d"],
+    causal: Bool[Array, "b t s"],
+    kept: Bool[Array, "b t s"],
+    key_gate: Float[Array, "b t s"] | None = None,
+) -> Float[Array, "b t n d"]:
+    """Softmax attention over the keys that are causal and kept; scores and softmax in float32.
+
+    `causal` says which keys a query could see if every token executed, `kept` which of them were not evicted.
+    `key_gate` has the value of `kept` and carries the straight-through gradient to the gates: the gradient for an
+    evicted key is what its weight would have been, capped at the weight of the strongest visible key so that it stays
+    bounded. (The D-LLM reference multiplies the causal softmax by the gate and renormalises: same value, unbounded.)
+    """
+    batch, length, heads, width = query.shape
+    groups = key.shape[2]
+    query = query.reshape(batch, length, groups, heads // groups, width)
+    scores = jnp.einsum("btkgd,bskd->bkgts", query, key, preferred_element_type=jnp.float32) * width**-0.5
+    visible = (causal & kept)[:, None, None]
+    if key_gate is None:
+        weights = jax.nn.softmax(jnp.where(visible, scores, HIDDEN), axis=-1)
+    else:
+        scores = jnp.where(causal[:, None, None], scores, HIDDEN)
+        top = jax.lax.stop_gradient(jnp.max(jnp.where(visible, scores, HIDDEN), axis=-1, keepdims=True))
+        mass = jnp.exp(jnp.minimum(scores - top, 0.0)) * key_gate[:, None, None]
+        weights = mass / jnp.sum(mass, axis=-1, keepdims=True)
+    out = jnp.einsum("bkgts,bskd->btkgd", weights.astype(value.dtype), value)
+    return out.reshape(batch, length, heads, width)
+
+
+class Attention(nnx.Module):
+    """Projections around `attend`."""
+
+    def __init__(self, architecture: Architecture, make_linear):
+        self.query = make_linear("query", ("embed", "heads"))
+        self.key = make_linear("key", ("embed", "heads"))
+        self.value = make_linear("value", ("embed", "heads"))
+        self.output: Linear = make_linear("output", ("heads", "embed"))
+        self.architecture = architecture
+
+    def project(
+        self, x: Float[Array, "b t m"], tables: tuple[Array, Array], keys: tuple[PRNGKeyArray | None, ...]
+    ) -> tuple[Float[Array, "b t n d"], Float[Array, "b t k d"], Float[Array, "b t k d"]]:
+        """Returns queries, keys and values, the first two rotated to their positions."""
+        shape = (*x.shape[:2], -1, self.architecture.head_dim)
+        query = rotate(self.query(x, keys[0]).reshape(shape), tables)
+        key = rotate(self.key(x, keys[1]).reshape(shape), tables)
+        return query, key, self.value(x, keys[2]).reshape(shape)

@@ -1,0 +1,71 @@
+"""Arithmetic of a forward pass, counted from what was executed, and the peak rate of the device that ran it."""
+
+import functools
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from qtale_jax.models.specification import LINEARS, ModelSpecification
+
+
+def layer_flops(spec: ModelSpecification, context: float) -> float:
+    """FLOPs of one block for one token that executes it and attends to `context` keys; a multiply-add is two."""
+    architecture = spec.architecture
+    linears = sum(2 * i * o for i, o in (architecture.linear_shape(name) for name in LINEARS))
+    return linears + 4.0 * architecture.num_heads * architecture.head_dim * context
+
+
+def router_flops(spec: ModelSpecification) -> float:
+    """FLOPs of one router for one token; paid whether or not the layer is executed."""
+    return 0.0 if spec.routing is None else 2.0 * spec.routing.router_hidden * (spec.architecture.hidden_size + 2)
+
+
+def flops_per_token(spec: ModelSpecification, executed_per_layer: Sequence[float], contexts: Sequence[float]) -> float:
+    """FLOPs of a forward pass per token, head and routers included.
+
+    Args:
+        spec: the model.
+        executed_per_layer: measured share of tokens that executed each layer.
+        contexts: measured mean number of keys that an executing token saw in each layer.
+    """
+    blocks = sum(s * layer_flops(spec, c) for s, c in zip(executed_per_layer, contexts, strict=True))
+    head = 2.0 * spec.architecture.hidden_size * spec.architecture.vocab_size
+    return blocks + head + router_flops(spec) * len(spec.routed_layers)
+
+
+def training_flops_per_token(spec: ModelSpecification, length: float) -> float:
+    """FLOPs of forward and backward per token under masked execution, which computes every block: three forwards."""
+    layers = spec.architecture.num_layers
+    return 3.0 * flops_per_token(spec, [1.0] * layers, [length / 2] * layers)
+
+
+PEAK_BF16 = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+"""Dense bf16 FLOP/s by device kind, from the vendors' data sheets; longest matching prefix counts."""
+
+
+@functools.lru_cache(maxsize=1)
+def peak_flops() -> float:
+    """Peak FLOP/s of all devices together: data sheet where known, otherwise a float32 matmul measured once."""
+    device, count = jax.devices()[0], jax.device_count()
+    names = [name for name in PEAK_BF16 if device.device_kind.startswith(name)]
+    if names:
+        return PEAK_BF16[max(names, key=len)] * count
+    size = 768
+    matrix = jax.device_put(jnp.ones((size, size), jnp.float32), device)
+    multiply = jax.jit(jnp.matmul)
+    multiply(matrix, matrix).block_until_ready()
+    start = time.perf_counter()
+    for _ in range(3):
+        multiply(matrix, matrix).block_until_ready()
+    # Forced host devices share the cores, so the machine's rate is one device's rate.
+    return 3 * 2.0 * size**3 / (time.perf_counter() - start)

@@ -1,0 +1,176 @@
+"""The Llama-family decoder, defined in Flax NNX: blocks with optional routers, adapters and quantized linears.
+
+The modules say what parameters exist, which logical axes they have and what one block computes. `models.forward` runs
+them as pure functions over a nested dict of arrays.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, traverse_util
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from qtale_jax.models.attention import Attention, attend
+from qtale_jax.models.layers import Embedding, Linear, RMSNorm
+from qtale_jax.models.router import Router
+from qtale_jax.models.specification import LINEARS, ModelSpecification
+
+Parameters = dict[str, Any]
+"""Nested dict of arrays; layer indices are ints, all other keys strings."""
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, make_linear):
+        self.gate: Linear = make_linear("gate", ("embed", "mlp"))
+        self.up: Linear = make_linear("up", ("embed", "mlp"))
+        self.down: Linear = make_linear("down", ("mlp", "embed"))
+
+    def __call__(self, x: Float[Array, "b t d"], keys: tuple[PRNGKeyArray | None, ...]) -> Float[Array, "b t d"]:
+        return self.down(jax.nn.silu(self.gate(x, keys[0])) * self.up(x, keys[1]), keys[2])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Context:
+    """What every layer needs to know about the tokens; s is the number of keys.
+
+    Attributes:
+        tables: rotary cosine and sine of each token's position.
+        causal: keys that a query sees when nothing is evicted.
+        own: the key that is the query's own token; a query always sees itself.
+        present: tokens that are not padding; padding executes nothing.
+        slots: where each token's key goes in the cache (its position); None without a cache.
+    """
+
+    tables: tuple[Float[Array, "b t 1 h"], Float[Array, "b t 1 h"]]
+    causal: Bool[Array, "b t s"]
+    own: Bool[Array, "b t s"]
+    present: Bool[Array, "b t"]
+    slots: Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one layer, by position; `kept` says which belong to tokens that executed the layer."""
+
+    key: Float[Array, "b s k d"]
+    value: Float[Array, "b s k d"]
+    kept: Bool[Array, "b s"]
+
+    def insert(self, slots: Array, key: Array, value: Array, execute: Array) -> "LayerCache":
+        """Writes the tokens at `slots` (batch, length)."""
+        rows = jnp.arange(slots.shape[0])[:, None]
+        return LayerCache(
+            self.key.at[rows, slots].set(key.astype(self.key.dtype)),
+            self.value.at[rows, slots].set(value.astype(self.value.dtype)),
+            self.kept.at[rows, slots].set(execute),
+        )
+
+
+class Block(nnx.Module):
+    """One transformer block, h + attention(norm(h)), then + mlp(norm(.)); with a router if the layer is routed."""
+
+    def __init__(self, spec: ModelSpecification, layer: int, *, rngs: nnx.Rngs):
+        architecture, routing, lora = spec.architecture, spec.routing, spec.lora
+
+        def make_linear(name: str, axes: tuple[str, str]) -> Linear:
+            adapted = lora is not None and name in lora.targets
+            # The two projections that write to the residual stream start smaller the deeper the model (GPT-2).
+            scale = (2 * architecture.num_layers) ** -0.5 if name in ("output", "down") else 1.0
+            return Linear(
+                architecture.linear_shape(name),
+                axes=axes,
+                dtype=jnp.dtype(spec.dtype),
+                rngs=rngs,
+                scale=scale,
+                format=spec.quantization.format(layer, name) if spec.quantization else None,
+                rank=lora.rank if lora and adapted else 0,
+                dropout=lora.dropout if lora and adapted else 0.0,
+            )
+
+        self.attention_norm = RMSNorm(architecture.hidden_size, architecture.norm_eps)
+        self.attention = Attention(architecture, make_linear)
+        self.mlp_norm = RMSNorm(architecture.hidden_size, architecture.norm_eps)
+        self.mlp = FeedForward(make_linear)
+        if routing is not None and layer >= routing.always_on_layers:
+            self.router = Router(architecture.hidden_size, routing.router_hidden, architecture.norm_eps, rngs=rngs)
+        self.eviction = routing is not None and routing.eviction
+
+    def __call__(
+        self,
+        hidden: Float[Array, "b t d"],
+        context: Context,
+        execute: Bool[Array, "b t"],
+        gate: Float[Array, "b t"] | None = None,
+        cache: LayerCache | None = None,
+        dropout_key: PRNGKeyArray | None = None,
+        eviction_gradient: bool = True,
+    ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
+        """Runs the block on every token and keeps its result where `execute` holds: masked execution.
+
+        `gate` equals `execute` in value; with it, y = gate * block(x) + (1 - gate) * x and gradients reach the router
+        (with `eviction_gradient` also through attention).
+        """
+        drop = (None,) * len(LINEARS) if dropout_key is None else tuple(jax.random.split(dropout_key, len(LINEARS)))
+        query, key, value = self.attention.project(self.attention_norm(hidden), context.tables, drop[:3])
+        stays = execute if self.eviction else jnp.ones_like(execute)
+        key_gate = None
+        if cache is not None:
+            cache = cache.insert(context.slots, key, value, stays)
+            key, value, stays = cache.key.astype(query.dtype), cache.value.astype(query.dtype), cache.kept
+        elif self.eviction and eviction_gradient and gate is not None:
+            key_gate = jnp.where(context.own, 1.0, gate[:, None, :])
+        attended = attend(query, key, value, context.causal, stays[:, None, :] | context.own, key_gate)
+        out = hidden + self.attention.output(attended.reshape(*hidden.shape[:2], -1), drop[3])
+        out = out + self.mlp(self.mlp_norm(out), drop[4:])
+        if gate is None:
+            return jnp.where(execute[:, :, None], out, hidden), cache
+        weight = gate.astype(out.dtype)[:, :, None]
+        return weight * out + (1 - weight) * hidden, cache
+
+
+class Decoder(nnx.Module):
+    """Embedding, blocks, final norm, head: the definition of a whole model with one set of arrays per layer."""
+
+    def __init__(self, spec: ModelSpecification, *, rngs: nnx.Rngs):
+        architecture, dtype = spec.architecture, jnp.dtype(spec.dtype)
+        self.embedding = Embedding(architecture.vocab_size, architecture.hidden_size, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([Block(spec, layer, rngs=rngs) for layer in range(architecture.num_layers)])
+        self.final_norm = RMSNorm(architecture.hidden_size, architecture.norm_eps)
+        if not architecture.tied_head:
+            shape = (architecture.hidden_size, architecture.vocab_size)
+            self.head = Linear(shape, axes=("embed", "vocab"), dtype=dtype, rngs=rngs)
+
+
+@functools.lru_cache(maxsize=64)
+def skeleton(spec: ModelSpecification) -> Decoder:
+    """The decoder with abstract arrays: shapes, types and logical axes, no memory."""
+    return nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0)))
+
+
+def abstract_parameters(spec: ModelSpecification) -> Parameters:
+    """Nested dict of `jax.ShapeDtypeStruct`, one entry per layer."""
+    return nnx.to_pure_dict(nnx.state(skeleton(spec)))
+
+
+def logical_axes(spec: ModelSpecification) -> Parameters:
+    """Nested dict like the parameters whose leaves are tuples of logical axis names."""
+    flat = nnx.to_flat_state(nnx.state(skeleton(spec)))
+    return traverse_util.unflatten_dict({path: leaf.get_metadata("axes") for path, leaf in flat})
+
+
+def initialize(spec: ModelSpecification, key: PRNGKeyArray) -> Parameters:
+    """Random parameters, one entry per layer; deterministic in `key`.
+
+    Raises:
+        ValueError: the specification is quantized; quantized models come from quantization, not from chance.
+    """
+    if spec.quantization is not None:
+        raise ValueError("a quantized model cannot be initialised at random")
+    return nnx.to_pure_dict(nnx.state(Decoder(spec, rngs=nnx.Rngs(key))))

@@ -1,0 +1,229 @@
+"""The forward pass: pure functions over a nested dict of arrays, for any route policy and either parameter layout.
+
+This is masked execution: every layer is computed for every token and its result kept where the token executes. It is
+the reference that anything which really skips is tested against.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from qtale_jax.models.decoder import Context, LayerCache, Parameters, skeleton
+from qtale_jax.models.policy import Dense, Policy, Sampled, decide, probability
+from qtale_jax.models.rotary import rotary_tables
+from qtale_jax.models.specification import ModelSpecification
+from qtale_jax.models.stacking import is_stacked, stacks
+from qtale_jax.parallel.axes import constrain
+
+Remat = Literal["none", "dots", "full"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Routing:
+    """What was decided: logits (batch, length, routed layers, 2), execute (batch, length, layers).
+
+    `execute` includes always-on layers and tokens; padding executes nothing.
+    """
+
+    logits: Float[Array, "b t r 2"]
+    execute: Bool[Array, "b t l"]
+
+    @property
+    def probability(self) -> Float[Array, "b t r"]:
+        """Execute probability of every routed layer, float32."""
+        return probability(self.logits)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Output:
+    """Next-token logits (batch, length, vocabulary) float32, and the routing behind them."""
+
+    logits: Float[Array, "b t v"]
+    routing: Routing
+    gates: Float[Array, "b t r"] | None = None
+    """Gate of every routed layer with its straight-through gradient; None unless the policy samples."""
+
+
+def positions_of(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """Position of each token within its segment; segments are runs of equal ids."""
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None, :]
+    starts = jnp.concatenate(
+        [jnp.ones_like(segment_ids[:, :1], jnp.bool_), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
+    )
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def _merge(module: nnx.Module, params: Parameters) -> nnx.Module:
+    return nnx.merge(nnx.graphdef(module), params)
+
+
+def embed(
+    spec: ModelSpecification, params: Parameters, tokens: Int[Array, "b t"], dtype: jnp.dtype
+) -> Float[Array, "b t d"]:
+    """Looks tokens up in the embedding table."""
+    hidden = _merge(skeleton(spec).embedding, params["embedding"])(tokens).astype(dtype)
+    return constrain(hidden, "batch", "length", "activation_embed")
+
+
+def unembed(spec: ModelSpecification, params: Parameters, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+    """Final norm and head; logits in float32."""
+    hidden = _merge(skeleton(spec).final_norm, params["final_norm"])(hidden)
+    kernel = params["embedding"]["table"].T if spec.architecture.tied_head else params["head"]["kernel"]
+    logits = jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return constrain(logits, "batch", "length", "activation_vocab")
+
+
+def _route(block, hidden, context, initial, policy, routed, layer):
+    """Decides one layer: (execute, gate or None, router logits or None)."""
+    if not hasattr(block, "router"):
+        return context.present, None, None
+    logits = block.router(hidden)
+    execute, gate = decide(policy, logits, routed, layer)
+    return (execute | initial) & context.present, None if gate is None else jnp.where(initial, 1.0, gate), logits
+
+
+def _run_block(
+    spec, layer, routed, params, hidden, context, initial, policy, cache, dropout_key, graph_layer, transform, conditional
+):
+    """One layer: route, run, keep. `layer` and `routed` may be traced; `graph_layer` is a static layer of its kind."""
+    params = transform(params) if transform else params
+    block = _merge(skeleton(spec).layers[graph_layer], params)
+    execute, gate, logits = _route(block, hidden, context, initial, policy, routed, layer)
+    key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
+
+    through_eviction = isinstance(policy, Sampled) and policy.eviction_gradient
+
+    def run():
+        return block(hidden, context, execute, gate, cache, key, through_eviction)
+
+    # Besides saving the layer that no token executes, the branch is a boundary for the compiler: how a mask came about
+    # cannot change how the block is compiled, so a routed model at theta = 0 equals the dense one bit for bit.
+    if conditional and gate is None:
+        hidden, cache = jax.lax.cond(jnp.any(execute), run, lambda: (hidden, cache))
+    else:
+        hidden, cache = run()
+    return constrain(hidden, "batch", "length", "activation_embed"), cache, (logits, execute, gate)
+
+
+def _checkpointed(function, remat: Remat):
+    if remat == "none":
+        return function
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return jax.checkpoint(function, policy=policy, prevent_cse=False)
+
+
+def run_layers(
+    spec: ModelSpecification,
+    params: Parameters,
+    hidden: Float[Array, "b t d"],
+    context: Context,
+    initial: Bool[Array, "b t"],
+    policy: Policy,
+    caches: dict[int, LayerCache] | None = None,
+    dropout_key: PRNGKeyArray | None = None,
+    remat: Remat = "none",
+    layer_transform: Callable[[Parameters], Parameters] | None = None,
+) -> tuple[Float[Array, "b t d"], Routing, Float[Array, "b t r"] | None, dict[int, LayerCache] | None]:
+    """Runs all layers; scans over stacked parameters, unrolls the other layout (the only one with caches)."""
+    always_on = len(stacks(spec).get("always_on", ()))
+    records = []
+    if is_stacked(params):
+        for name, layers in stacks(spec).items():
+
+            def body(carry, inputs, graph_layer=layers[0]):
+                index, layer_params = inputs
+                carry, _, record = _run_block(
+                    spec, index, index - always_on, layer_params, carry, context, initial, policy, None, dropout_key,
+                    graph_layer, layer_transform, False,
+                )
+                return carry, record
+
+            indices = jnp.asarray(layers, jnp.int32)
+            hidden, record = jax.lax.scan(_checkpointed(body, remat), hidden, (indices, params["layers"][name]))
+            records.append(record)
+    else:
+        caches = dict(caches) if caches is not None else None
+        for layer in range(spec.architecture.num_layers):
+            cache = caches[layer] if caches is not None else None
+
+            def step(layer_params, hidden, cache, layer=layer):
+                return _run_block(
+                    spec, layer, layer - always_on, layer_params, hidden, context, initial, policy, cache, dropout_key,
+                    layer, layer_transform, True,
+                )
+
+            hidden, cache, record = _checkpointed(step, remat)(params["layers"][layer], hidden, cache)
+            records.append(jax.tree.map(lambda leaf: leaf[None], record))
+            if caches is not None:
+                caches[layer] = cache
+
+    def joined(part: int):
+        parts = [jnp.moveaxis(record[part], 0, 2) for record in records if record[part] is not None]
+        return jnp.concatenate(parts, axis=2) if parts else None
+
+    logits = joined(0)
+    if logits is None:
+        logits = jnp.zeros((*hidden.shape[:2], 0, 2), jnp.float32)
+    return hidden, Routing(logits, joined(1)), joined(2), caches
+
+
+def forward(
+    spec: ModelSpecification,
+    params: Parameters,
+    tokens: Int[Array, "b t"],
+    *,
+    lengths: Int[Array, " b"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    policy: Policy | None = None,
+    compute_dtype: jnp.dtype = jnp.float32,
+    remat: Remat = "none",
+    dropout_key: PRNGKeyArray | None = None,
+    layer_transform: Callable[[Parameters], Parameters] | None = None,
+) -> Output:
+    """Next-token logits for whole sequences.
+
+    Args:
+        spec: the model; static under jit.
+        params: nested dict, stacked or one tree per layer.
+        tokens: int32; negative ids are padding, as are those beyond `lengths` and in segment 0.
+        lengths: tokens per row that are not padding (right-padded); default: all.
+        segment_ids: for packed rows, 0 for padding and equal ids for one example; excludes `lengths`.
+        policy: route policy; default: everything executes.
+        compute_dtype: type of activations; routers, norms, softmax and logits are float32 regardless.
+        remat: what the backward pass recomputes.
+        dropout_key: turns adapter dropout on.
+        layer_transform: applied to each layer's parameters just before use, inside the scan and its remat.
+
+    Returns:
+        Logits and routing.
+
+    Raises:
+        ValueError: both lengths and segment_ids are given.
+    """
+    if lengths is not None and segment_ids is not None:
+        raise ValueError("give lengths or segment_ids, not both")
+    if segment_ids is None:
+        index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        limit = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32) if lengths is None else lengths
+        segment_ids = (index < limit[:, None]).astype(jnp.int32)
+    positions = positions_of(segment_ids)
+    valid = segment_ids > 0
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    earlier = index[None, :, None] >= index[None, None, :]
+    causal = (segment_ids[:, :, None] == segment_ids[:, None, :]) & valid[:, :, None] & earlier
+    own = jnp.broadcast_to(index[None, :, None] == index[None, None, :], causal.shape)
+    context = Context(rotary_tables(spec.architecture, positions), causal, own, valid & (tokens >= 0))
+    always_on_tokens = spec.routing.always_on_tokens if spec.routing else 0
+    hidden = embed(spec, params, tokens, jnp.dtype(compute_dtype))
+    hidden, routing, gates, _ = run_layers(
+        spec, params, hidden, context, positions < always_on_tokens, policy or Dense(), None, dropout_key, remat,
+        layer_transform,
+    )
+    return Output(unembed(spec, params, hidden), routing, gates)

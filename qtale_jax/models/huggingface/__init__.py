@@ -1,0 +1,6 @@
+"""Hugging Face Llama checkpoints: reading them into model directories, and writing model directories back."""
+
+from qtale_jax.models.huggingface.exporting import to_huggingface
+from qtale_jax.models.huggingface.importing import Checkpoint, from_huggingface, read_huggingface
+
+__all__ = ["Checkpoint", "from_huggingface", "read_huggingface", "to_huggingface"]

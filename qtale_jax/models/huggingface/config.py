@@ -1,0 +1,185 @@
+"""config.json of a Llama checkpoint <-> `Architecture`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qtale_jax.errors import InputError, nearest
+from qtale_jax.models.specification import Architecture, ModelSpecification, RopeScaling
+
+SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+}
+"""Keys that a config must have, and what `Architecture` calls them."""
+
+LLAMA3_KEYS = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "original_length",
+}
+
+Config = dict[str, Any]
+
+
+def read_json(file: Path) -> Config:
+    """Reads a JSON object.
+
+    Raises:
+        InputError: missing, not JSON, or not an object.
+    """
+    if not file.is_file():
+        raise InputError(f"{file} is missing")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is damaged or truncated: {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def architecture_from(config: Config, where: str) -> Architecture:
+    """The architecture that a config.json describes; absent keys have the defaults of `LlamaConfig`.
+
+    Args:
+        config: the parsed file.
+        where: its name, for messages.
+
+    Raises:
+        InputError: not a Llama, or one with parts that this library does not have.
+    """
+    _refuse_unsupported(config, where)
+    sizes = {ours: _positive(config, theirs, where) for theirs, ours in SIZES.items()}
+    heads, hidden = sizes["num_heads"], sizes["hidden_size"]
+    if config.get("head_dim") is None and hidden % heads:
+        raise InputError(f"{where}: num_attention_heads={heads} does not divide hidden_size={hidden}")
+    head_dim = _positive(config, "head_dim", where, hidden // heads)
+    if head_dim % 2:
+        raise InputError(f"{where}: head_dim={head_dim} is odd; rotary embeddings need an even one")
+    kv_heads = _positive(config, "num_key_value_heads", where, heads)
+    if heads % kv_heads:
+        raise InputError(f"{where}: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
+    theta, scaling = _rope(config, where)
+    return Architecture(
+        **sizes,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        max_length=_positive(config, "max_position_embeddings", where, 2048),
+        norm_eps=_number(config, "rms_norm_eps", where, 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tied_head=bool(config.get("tie_word_embeddings", False)),
+    )
+
+
+def _refuse_unsupported(config: Config, where: str) -> None:
+    kind = config.get("model_type")
+    if kind != "llama":
+        raise InputError(f"{where}: model_type={kind!r} is not supported; supported: 'llama'{nearest(str(kind), ['llama'])}")
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key):
+            raise InputError(f"{where}: {key}={config[key]!r} is not supported: linears have no bias here; allowed: false")
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise InputError(f"{where}: hidden_act={config['hidden_act']!r} is not supported; supported: 'silu'")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method")
+        raise InputError(
+            f"{where}: quantization_config says the checkpoint is quantized ({method!r}); convert the unquantized one"
+        )
+
+
+def _rope(config: Config, where: str) -> tuple[float, RopeScaling | None]:
+    """Base and scaling, from `rope_scaling` + `rope_theta` or, as transformers 5 writes them, `rope_parameters`."""
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    parameters = config.get(key) or {}
+    if not isinstance(parameters, dict):
+        raise InputError(f"{where}: {key}={parameters!r} is not an object")
+    where_key = f"{where}: {key}"
+    theta = _number(parameters, "rope_theta", where_key, _number(config, "rope_theta", where, 10000.0))
+    for holder in (config, parameters):
+        if holder.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
+            factor = holder["partial_rotary_factor"]
+            raise InputError(f"{where}: partial_rotary_factor={factor!r} is not supported; allowed: 1.0")
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        known = ("default", "llama3")
+        raise InputError(
+            f"{where_key}: rope_type={kind!r} is not supported; supported: 'default', 'llama3'{nearest(str(kind), known)}"
+        )
+    values = {ours: _number(parameters, theirs, where_key) for theirs, ours in LLAMA3_KEYS.items()}
+    if values["high_freq_factor"] <= values["low_freq_factor"]:
+        raise InputError(f"{where_key}: high_freq_factor must be greater than low_freq_factor, found {values}")
+    return theta, RopeScaling(**{**values, "original_length": int(values["original_length"])})
+
+
+def _positive(config: Config, key: str, where: str, default: int | None = None) -> int:
+    value = config.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise InputError(f"{where}: {key} is missing{nearest(key, config)}")
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise InputError(f"{where}: {key}={value!r}; allowed: a positive integer")
+    return value
+
+
+def _number(config: Config, key: str, where: str, default: float | None = None) -> float:
+    value = config.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise InputError(f"{where}: {key} is missing{nearest(key, config)}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise InputError(f"{where}: {key}={value!r}; allowed: a positive number")
+    return float(value)
+
+
+def config_for(spec: ModelSpecification, original: Config | None, dtype: str, tokens: Config) -> Config:
+    """config.json for a model.
+
+    A checkpoint that was converted keeps its own config, unknown keys included; only what the architecture changed and
+    the type are replaced.
+
+    Args:
+        spec: the model.
+        original: the config it was converted from, or None.
+        dtype: type of the tensors written.
+        tokens: `bos_token_id` and the like, for models that have no original config.
+    """
+    config = dict(original or {})
+    if not config or architecture_from(config, "config.json") != spec.architecture:
+        for stale in ("rope_parameters", "rope_scaling", "rope_theta"):
+            config.pop(stale, None)
+        config = {**tokens, **config, **_described(spec.architecture)}
+    config["architectures"] = ["LlamaForCausalLM"]
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    return {**config, key: dtype}
+
+
+def _described(architecture: Architecture) -> Config:
+    """`Architecture` in the older spelling of RoPE, which every version of transformers reads."""
+    scaling = architecture.rope_scaling
+    rope = {"rope_theta": architecture.rope_theta}
+    if scaling is not None:
+        values = scaling.model_dump()
+        rope["rope_scaling"] = {"rope_type": "llama3", **{theirs: values[ours] for theirs, ours in LLAMA3_KEYS.items()}}
+    return {
+        "model_type": "llama",
+        **{theirs: getattr(architecture, ours) for theirs, ours in SIZES.items()},
+        "num_key_value_heads": architecture.num_kv_heads,
+        "head_dim": architecture.head_dim,
+        "max_position_embeddings": architecture.max_length,
+        "rms_norm_eps": architecture.norm_eps,
+        **rope,
+        "hidden_act": "silu",
+        "tie_word_embeddings": architecture.tied_head,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }

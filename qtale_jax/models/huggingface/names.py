@@ -1,0 +1,58 @@
+"""Which Hugging Face tensor is which parameter."""
+
+from dataclasses import dataclass
+
+from qtale_jax.models.specification import LINEARS, Architecture
+
+MODULES = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "output": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a Llama checkpoint.
+
+    Attributes:
+        name: its name there.
+        shape: its shape there; linears are stored (outputs, inputs).
+        parameter: path of our parameter.
+        transposed: ours is the transpose. Rotary embeddings need no permutation: both sides rotate halves.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parameter: str
+    transposed: bool = False
+
+
+def linear_path(layer: int, name: str) -> str:
+    """Path of linear `name` (one of `LINEARS`) among the parameters."""
+    return f"layers/{layer}/{'attention' if MODULES[name].startswith('self_attn') else 'mlp'}/{name}"
+
+
+def tensors(architecture: Architecture) -> list[Tensor]:
+    """All tensors of a checkpoint, in the order in which they are written; tied models have no `lm_head.weight`."""
+    table = (architecture.vocab_size, architecture.hidden_size)
+    width = (architecture.hidden_size,)
+    found = [Tensor("model.embed_tokens.weight", table, "embedding/table")]
+    for layer in range(architecture.num_layers):
+        prefix = f"model.layers.{layer}"
+        for ours, theirs in NORMS.items():
+            found.append(Tensor(f"{prefix}.{theirs}.weight", width, f"layers/{layer}/{ours}/scale"))
+        for name in LINEARS:
+            shape = architecture.linear_shape(name)[::-1]
+            kernel = f"{linear_path(layer, name)}/kernel"
+            found.append(Tensor(f"{prefix}.{MODULES[name]}.weight", shape, kernel, transposed=True))
+    found.append(Tensor("model.norm.weight", width, "final_norm/scale"))
+    if not architecture.tied_head:
+        found.append(Tensor("lm_head.weight", table, "head/kernel", transposed=True))
+    return found

@@ -1,0 +1,44 @@
+"""Rotary position embedding, half-rotation layout as in Hugging Face checkpoints, with Llama-3 frequency scaling."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from qtale_jax.models.specification import Architecture
+
+
+def frequencies(architecture: Architecture) -> np.ndarray:
+    """Returns the (head_dim / 2,) float32 angular frequencies, radians per position.
+
+    With `rope_scaling`, wavelengths longer than original_length / low_freq_factor are stretched by `factor`, those
+    shorter than original_length / high_freq_factor are kept, and between the two the frequency is interpolated
+    (Llama 3.1).
+    """
+    half = np.arange(0, architecture.head_dim, 2, dtype=np.float32) / np.float32(architecture.head_dim)
+    base = (1.0 / np.float32(architecture.rope_theta) ** half).astype(np.float32)
+    scaling = architecture.rope_scaling
+    if scaling is None:
+        return base
+    wavelength = 2 * math.pi / base
+    smooth = (scaling.original_length / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    smooth = np.clip(smooth, 0.0, 1.0)
+    return ((1 - smooth) * base / scaling.factor + smooth * base).astype(np.float32)
+
+
+def rotary_tables(
+    architecture: Architecture, positions: Int[Array, "b t"]
+) -> tuple[Float[Array, "b t 1 h"], Float[Array, "b t 1 h"]]:
+    """Returns float32 cosine and sine for each position, shaped to broadcast over heads; h = head_dim / 2."""
+    angles = positions.astype(jnp.float32)[:, :, None, None] * jnp.asarray(frequencies(architecture))[None, None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "b t n d"], tables: tuple[Array, Array]) -> Float[Array, "b t n d"]:
+    """Rotates pairs (x_i, x_{i + d/2}) by the angle of their position, in float32."""
+    cosine, sine = tables
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1).astype(x.dtype)

@@ -1,0 +1,168 @@
+"""What a model is, without its weights: everything static that `model.json` records.
+
+`ModelSpecification` is enough to build the skeleton of a model (`models.decoder.abstract_parameters`), quantized or not,
+and to run it. All classes are frozen and hashable, so that they can be static arguments of compiled functions.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+LINEARS = ("query", "key", "value", "output", "gate", "up", "down")
+"""The seven linears of a block, in the order in which a forward pass uses them."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RopeScaling(_Frozen):
+    """Llama-3 frequency scaling: long wavelengths are divided by `factor`, short ones kept, a ramp between."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+
+
+class Architecture(_Frozen):
+    """Shape of a Llama-family decoder."""
+
+    family: Literal["llama"] = "llama"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_length: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tied_head: bool = False
+
+    def linear_shape(self, name: str) -> tuple[int, int]:
+        """Returns (inputs, outputs) of one of `LINEARS`."""
+        hidden, mlp = self.hidden_size, self.intermediate_size
+        heads, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "query": (hidden, heads),
+            "key": (hidden, kv),
+            "value": (hidden, kv),
+            "output": (heads, hidden),
+            "gate": (hidden, mlp),
+            "up": (hidden, mlp),
+            "down": (mlp, hidden),
+        }[name]
+
+
+class RoutingSpecification(_Frozen):
+    """Which layers and tokens are routed, and the thresholds that decide at inference.
+
+    `thresholds` maps a bit width ("16", "4", ...) to one theta per routed layer; widths without an entry use 0.5.
+    `calibration` records, per bit width, how theta was found and on what.
+    """
+
+    method: Literal["dllm", "qtale"]
+    always_on_layers: int = Field(2, ge=0)
+    always_on_tokens: int = Field(2, ge=0)
+    router_hidden: int = 512
+    counting: Literal["all", "routed"] = "all"
+    target: float = 0.5
+    eviction: bool = True
+    thresholds: dict[str, tuple[float, ...]] = {}
+    calibration: dict[str, dict[str, Any]] = {}
+
+    def __hash__(self) -> int:  # dicts do not hash; equality stays field by field
+        return hash((self.method, self.always_on_layers, self.always_on_tokens, self.router_hidden))
+
+
+class LoraSpecification(_Frozen):
+    """Adapters next to some of the linears: y = x W + (x A) B, no alpha/r scale."""
+
+    rank: int
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("query", "key", "value")
+
+
+class TensorFormat(_Frozen):
+    """How the weight of a linear is stored: integers with one scale per group of inputs and output channel.
+
+    `group_size` -1 is one group over all inputs. A group size that does not divide the inputs is refused earlier.
+    """
+
+    bits: Literal[2, 3, 4, 8]
+    group_size: int = -1
+    symmetric: bool = False
+
+    def groups(self, inputs: int) -> int:
+        """Number of groups along `inputs`."""
+        return 1 if self.group_size == -1 else inputs // self.group_size
+
+
+class QuantizationSpecification(_Frozen):
+    """What post-training quantization did: `formats` has an entry per linear, `"{layer}/{name}"` -> format."""
+
+    method: Literal["rtn"]
+    formats: dict[str, TensorFormat]
+    calibration: dict[str, Any] = {}
+
+    def format(self, layer: int, name: str) -> TensorFormat | None:
+        """Storage format of linear `name` of `layer`; None: floating point."""
+        return self.formats.get(f"{layer}/{name}")
+
+    @property
+    def bits(self) -> int:
+        """The bit width that most linears have: the key of `RoutingSpecification.thresholds`."""
+        widths = [entry.bits for entry in self.formats.values()]
+        return max(set(widths), key=widths.count)
+
+    def __hash__(self) -> int:
+        return hash((self.method, tuple(sorted(self.formats.items(), key=lambda item: item[0]))))
+
+
+class ModelSpecification(_Frozen):
+    """The static half of a model directory."""
+
+    architecture: Architecture
+    routing: RoutingSpecification | None = None
+    lora: LoraSpecification | None = None
+    quantization: QuantizationSpecification | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.routing and self.routing.always_on_layers >= self.architecture.num_layers:
+            raise ValueError(
+                f"always_on_layers={self.routing.always_on_layers} leaves no routed layer of {self.architecture.num_layers}"
+            )
+        return self
+
+    @property
+    def bits(self) -> int:
+        """Bits of the linears: 16 without quantization."""
+        return self.quantization.bits if self.quantization else 16
+
+    @property
+    def structure(self) -> "ModelSpecification":
+        """The specification without what a forward pass does not depend on, thresholds first: keys compiled functions."""
+        if self.routing is None:
+            return self
+        unused = {"thresholds": {}, "calibration": {}, "method": "qtale", "target": 0.5, "counting": "all"}
+        bare = self.routing.model_copy(update=unused)
+        return self.model_copy(update={"routing": bare})
+
+    @property
+    def routed_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that have a router."""
+        if self.routing is None:
+            return ()
+        return tuple(range(self.routing.always_on_layers, self.architecture.num_layers))
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """Theta per routed layer at this model's bit width."""
+        if self.routing is None:
+            return ()
+        return self.routing.thresholds.get(str(self.bits), (0.5,) * len(self.routed_layers))

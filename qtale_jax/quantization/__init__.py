@@ -1,0 +1,1 @@
+"""Weight quantization: rounding cores, storage formats, the one linear that knows them, the pipeline over a model."""

@@ -1,0 +1,56 @@
+"""Checkpoints for resuming: state, data position and metric in one Orbax step directory."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from qtale_jax.training.step import TrainState
+
+# Orbax reports every save and load through absl; what matters here is raised or printed by the loop.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+class Checkpoints:
+    """Numbered checkpoints in one directory: the newest `keep`, and the best by validation metric (lower is better).
+
+    A checkpoint that was being written when the process died has a temporary name; it is removed on opening.
+    """
+
+    def __init__(self, directory: Path, keep: int):
+        policies = ocp.training.preservation_policies
+        best = policies.BestN(
+            n=1, get_metric_fn=lambda metrics: -metrics["validation"], keep_checkpoints_without_metrics=False
+        )
+        self._checkpointer = ocp.training.Checkpointer(
+            directory.resolve(),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """Number of finished steps of the newest checkpoint; None if there is none."""
+        return self._checkpointer.latest.step if self._checkpointer.latest else None
+
+    def save(self, step: int, state: TrainState, data_state: dict, validation: float | None) -> None:
+        """Starts saving in the background; waits first for an earlier save."""
+        self._checkpointer.save_checkpointables_async(
+            step,
+            {"state": state, "data": {"position": json.dumps(data_state)}},
+            metrics=None if validation is None else {"validation": validation},
+            force=True,
+        )
+
+    def restore(self, step: int, like: Any) -> tuple[TrainState, dict]:
+        """Loads a checkpoint; `like` is a state whose arrays give shapes, types and shardings."""
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        loaded = self._checkpointer.load_checkpointables(step, {"state": abstract, "data": {"position": ""}})
+        return loaded["state"], json.loads(loaded["data"]["position"])
+
+    def close(self) -> None:
+        """Waits for the last save."""
+        self._checkpointer.close()

@@ -1,0 +1,49 @@
+"""What makes two runs the same run: the configuration that matters, and the model it started from."""
+
+import json
+from pathlib import Path
+
+from qtale_jax.config import resolve
+from qtale_jax.config.schema import Config
+from qtale_jax.errors import InputError
+
+SECTIONS = ("seed", "model", "routing", "lora", "data", "train")
+FREE = {"log_every", "evaluate_every", "evaluate_batches", "checkpoint_every", "keep_checkpoints", "merge_lora"}
+"""Keys of `train` that change what is written, not what is computed."""
+
+
+def run_identity(config: Config) -> dict:
+    """The part of the configuration that determines the result of training."""
+    resolved = resolve(config)
+    identity = {name: resolved[name] for name in SECTIONS}
+    identity["train"] = {key: value for key, value in identity["train"].items() if key not in FREE}
+    return identity
+
+
+def _differences(old: dict | None, new: dict | None, prefix: str = "") -> list[str]:
+    old, new, out = old or {}, new or {}, []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) or isinstance(after, dict):
+            out += _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            out.append(f"{prefix}{key} was {before!r}, now {after!r}")
+    return out
+
+
+def claim(directory: Path, config: Config) -> None:
+    """Records the identity of a run in its folder, or checks that it is the same as the one recorded there.
+
+    Raises:
+        InputError: the folder holds a run with another configuration.
+    """
+    file, identity = directory / "run.json", json.loads(json.dumps(run_identity(config)))
+    if file.exists():
+        differences = _differences(json.loads(file.read_text()), identity)
+        if differences:
+            raise InputError(f"{directory} holds another run: {'; '.join(differences[:3])}; choose another output")
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(identity, indent=1))
+    temporary.rename(file)

@@ -1,0 +1,87 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, a progress bar or plain lines."""
+
+import json
+import math
+import resource
+import sys
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+
+def memory_bytes() -> int:
+    """Peak bytes in use on the first device, or of this process where the device does not tell (CPU)."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    return statistics.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def flat_numbers(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Device arrays -> floats and lists of floats; one transfer for all of them."""
+    return {name: np.asarray(value).astype(np.float64).tolist() for name, value in jax.device_get(metrics).items()}
+
+
+class RunLog:
+    """Appends to metrics.jsonl and TensorBoard and draws progress; on resume, lines after the resumed step go."""
+
+    def __init__(self, directory: Path, total: int, resumed: int, quiet: bool):
+        self.file = directory / "metrics.jsonl"
+        self._drop_after(resumed)
+        self._stream = self.file.open("a")
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resumed or None)
+        self._total, self._quiet = total, quiet
+        self._console = Console(file=sys.stderr)
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=self._console, disable=quiet or not self._console.is_terminal)
+        self._task = self._progress.add_task("training", total=total, completed=resumed, rate="")
+
+    def _drop_after(self, step: int) -> None:
+        """What a killed run logged beyond its last checkpoint will be logged again."""
+        if not self.file.exists():
+            return
+        kept = []
+        for line in self.file.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # the line that was being written when the process died
+                continue
+            if row["step"] <= step:
+                kept.append(line)
+        self.file.write_text("".join(line + "\n" for line in kept))
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self._progress.stop()
+        self._stream.close()
+        self._board.close()
+
+    def advance(self, step: int, rate: str) -> None:
+        """Moves the progress bar."""
+        self._progress.update(self._task, completed=step, rate=rate)
+
+    def write(self, step: int, row: dict[str, Any], plain: bool = True) -> None:
+        """Logs one row; without a terminal also prints a line."""
+        # JSON has no NaN or infinity; null keeps the file readable by everything.
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._stream.write(json.dumps({"step": step, **clean}) + "\n")
+        self._stream.flush()
+        for name, value in row.items():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(name, value, step)
+            elif isinstance(value, list):
+                for index, entry in enumerate(value):
+                    self._board.add_scalar(f"{name}/{index}", entry, step)
+        if plain and not self._quiet and not self._console.is_terminal:
+            shown = ("loss", "cross_entropy", "executed_ratio", "flip_rate", "validation", "steps_per_second")
+            text = "  ".join(f"{name} {row[name]:.4g}" for name in shown if isinstance(row.get(name), float))
+            print(f"step {step}/{self._total}  {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,206 @@
+"""The training loop, one story from top to bottom: mesh, model, data, step, resume, loop, model directory."""
+
+import math
+import signal
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qtale_jax.artifact import save_model
+from qtale_jax.config import resolve
+from qtale_jax.config.schema import Config
+from qtale_jax.data.pipeline import build_pipeline, steps_per_epoch
+from qtale_jax.errors import InputError
+from qtale_jax.models.cost import peak_flops, training_flops_per_token
+from qtale_jax.models.forward import forward
+from qtale_jax.models.lora import merge_lora
+from qtale_jax.models.policy import Dense, Thresholded
+from qtale_jax.models.stacking import unstack_layers
+from qtale_jax.parallel.axes import partition_spec
+from qtale_jax.parallel.mesh import build_mesh
+from qtale_jax.training import objective
+from qtale_jax.training.checkpoint import Checkpoints
+from qtale_jax.training.identity import claim
+from qtale_jax.training.logs import RunLog, flat_numbers, memory_bytes
+from qtale_jax.training.optimizer import build_optimizer, nest
+from qtale_jax.training.start import Start, place_state, prepare, state_shardings
+from qtale_jax.training.step import Batch, TrainState, TrainStep
+
+
+class NonFiniteLoss(InputError):
+    """The loss or its gradient stopped being a number."""
+
+
+class Interrupted(Exception):
+    """SIGTERM arrived; the state has been saved."""
+
+
+def sharded_batch(mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray]) -> Batch:
+    """Puts this process's rows of a batch on the mesh, rows over the data axes."""
+    sharding = jax.sharding.NamedSharding(mesh, partition_spec(("batch", "length")))
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def build_validation(config: Config, start: Start, mesh: jax.sharding.Mesh):
+    """Returns a function (trainable, frozen) -> nats per target token on the validation split, theta as at inference."""
+    spec = start.spec
+    policy = Thresholded(jnp.asarray(spec.thresholds, jnp.float32)) if spec.routing else Dense()
+
+    @jax.jit
+    def batch_nats(trainable, frozen, batch):
+        output = forward(
+            spec, nest(trainable, frozen), batch["tokens"], segment_ids=batch["segment_ids"], policy=policy,
+            compute_dtype=jnp.dtype(config.train.compute_dtype),
+        )
+        nats = objective.token_cross_entropy(output.logits, batch["targets"])
+        return jnp.sum(nats * batch["weights"]), jnp.sum(batch["weights"])
+
+    def validate(trainable, frozen) -> float:
+        pipeline = pipeline_for(config, start, "validation")
+        sums = []
+        for _, batch in zip(range(config.train.evaluate_batches), pipeline, strict=False):
+            sums.append(batch_nats(trainable, frozen, sharded_batch(mesh, batch)))
+        total, count = (sum(float(x) for x in column) for column in zip(*sums, strict=True))
+        return total / max(count, 1.0)
+
+    return validate
+
+
+def pipeline_for(config: Config, start: Start, split: str):
+    """The data pipeline of this process."""
+    return build_pipeline(
+        config, start.tokenizer, split=split, batch_size=config.train.batch_size,
+        process_index=jax.process_index(), process_count=jax.process_count(), seed=config.seed,
+    )
+
+
+def total_steps(config: Config, start: Start) -> int:
+    """Optimizer steps of the whole run, from `train.steps` or from epochs."""
+    return config.train.steps or max(1, math.ceil(config.train.epochs * steps_per_epoch(config, start.tokenizer)))
+
+
+def check(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Refuses what only the devices tell: a microbatch that the data axes do not divide."""
+    rows, ways = config.train.batch_size // config.train.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % ways:
+        raise InputError(
+            f"train.batch_size / train.microbatches = {rows} rows do not divide over data x fsdp = {ways} devices"
+        )
+
+
+def train(config: Config, *, quiet: bool = False) -> Path:
+    """Trains, resuming if `config.output` holds the same run unfinished; returns the model directory.
+
+    Raises:
+        InputError: bad input, or another run's output.
+        NonFiniteLoss: names the step; the last good checkpoint stays.
+        Interrupted: SIGTERM; the state has been saved.
+    """
+    output = Path(config.output)
+    mesh = build_mesh(config.mesh)
+    check(config, mesh)
+    key = jax.random.key(config.seed)
+    with jax.set_mesh(mesh):
+        start = prepare(config, mesh, jax.random.fold_in(key, 1))
+        steps = total_steps(config, start)
+        pipeline = pipeline_for(config, start, "train")
+        claim(output, config)
+        if (output / "trained").exists():
+            return output / "trained"
+        optimizer = build_optimizer(config.train.optimizer, steps)
+        state = place_state(start, optimizer, mesh)
+        checkpoints = Checkpoints(output / "checkpoints", config.train.keep_checkpoints)
+        if checkpoints.latest is not None:
+            state, position = checkpoints.restore(checkpoints.latest, state)
+            pipeline.set_state(position)
+        state = run(config, start, mesh, steps, state, pipeline, optimizer, checkpoints, key, quiet)
+        checkpoints.close()
+        write_model(config, start, state, steps)
+    return output / "trained"
+
+
+def run(config, start, mesh, steps, state, pipeline, optimizer, checkpoints, key, quiet) -> TrainState:
+    """The loop proper: one compiled step, no host synchronisation except where something is logged or saved."""
+    settings, spec = config.train, start.spec
+    teacher = None
+    if settings.distillation.weight:
+        copied = {path: jnp.copy(leaf) for path, leaf in start.trainable.items() if "/lora/" not in path}
+        teacher = {path: leaf for path, leaf in start.frozen.items() if "/lora/" not in path} | copied
+    step_function = jax.jit(
+        TrainStep(spec, config, optimizer, steps),
+        donate_argnums=0,
+        out_shardings=(state_shardings(start, optimizer, mesh), None),
+    )
+    validate = build_validation(config, start, mesh)
+    flops, peak = training_flops_per_token(spec, config.data.length), peak_flops()
+    stop = threading.Event()
+    previous = _on_sigterm(stop)
+    validation, done, tokens = None, int(state.step), 0
+    clock, since = time.perf_counter(), done
+    route_key = jax.random.fold_in(key, 2)
+    try:
+        with RunLog(Path(config.output), steps, done, quiet) as log:
+            while done < steps:
+                batch = next(pipeline)
+                state, metrics = step_function(state, start.frozen, teacher, sharded_batch(mesh, batch), route_key)
+                done += 1
+                tokens += int(np.count_nonzero(batch["segment_ids"])) * jax.process_count()
+                last = done == steps
+                log.advance(done, f"{(done - since) / (time.perf_counter() - clock):.1f} steps/s")
+                if done % settings.log_every == 0 or last:
+                    row = flat_numbers(metrics)
+                    _refuse_non_finite(int(state.bad_step))
+                    elapsed = time.perf_counter() - clock
+                    row |= {
+                        "tokens_per_second": tokens / elapsed,
+                        "steps_per_second": (done - since) / elapsed,
+                        "model_flop_utilization": flops * tokens / elapsed / peak,
+                        "memory_bytes": memory_bytes(),
+                    }
+                    if last or (settings.evaluate_every and done % settings.evaluate_every == 0):
+                        validation = row["validation"] = validate(state.trainable, start.frozen)
+                    log.write(done, row)
+                    clock, since, tokens = time.perf_counter(), done, 0
+                if done % settings.checkpoint_every == 0 or last or stop.is_set():
+                    _refuse_non_finite(int(state.bad_step))
+                    checkpoints.save(done, state, pipeline.get_state(), validation)
+                if stop.is_set() and not last:
+                    checkpoints.close()
+                    raise Interrupted(f"SIGTERM: saved after step {done} of {steps}; the same command continues")
+    finally:
+        signal.signal(signal.SIGTERM, previous) if previous is not None else None
+    return state
+
+
+def _on_sigterm(stop: threading.Event):
+    """Asks the loop to save and leave; only the main thread may install handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, lambda *_: stop.set())
+
+
+def _refuse_non_finite(bad_step: int) -> None:
+    if bad_step >= 0:
+        raise NonFiniteLoss(
+            f"the loss of step {bad_step + 1} is not finite; the checkpoint before it is kept. "
+            "Try a lower train.optimizer.learning_rate or train.optimizer.clip"
+        )
+
+
+def write_model(config: Config, start: Start, state: TrainState, steps: int) -> None:
+    """Writes OUTPUT/trained: one tree per layer, storage types restored, adapters merged unless asked otherwise."""
+    spec = start.spec
+    dtype = jnp.dtype(spec.dtype)
+    trained = {
+        path: leaf.astype(dtype) if path.endswith(("kernel", "table")) and "/router/" not in path else leaf
+        for path, leaf in state.trainable.items()
+    }
+    params = unstack_layers(spec, nest(trained, start.frozen))
+    if config.train.merge_lora:
+        spec, params = merge_lora(spec, params)
+    provenance = {"stage": "train", "parent": start.parent, "config": resolve(config), "seed": config.seed, "steps": steps}
+    save_model(Path(config.output) / "trained", spec, params, tokenizer=start.tokenizer, provenance=provenance)

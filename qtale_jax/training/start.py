@@ -1,0 +1,127 @@
+"""From a configuration to everything a run needs: model, parameters on the mesh, optimizer, initial state."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from qtale_jax.artifact import load_model
+from qtale_jax.config.schema import ArchitectureConfig, Config
+from qtale_jax.data.tokens import load_tokenizer
+from qtale_jax.errors import InputError
+from qtale_jax.models.adapt import adapt
+from qtale_jax.models.decoder import Parameters, abstract_parameters, initialize, logical_axes
+from qtale_jax.models.specification import (
+    Architecture,
+    LoraSpecification,
+    ModelSpecification,
+    RopeScaling,
+    RoutingSpecification,
+)
+from qtale_jax.models.stacking import stack_layers
+from qtale_jax.parallel.mesh import replicated, shardings
+from qtale_jax.training.optimizer import Flat, flatten, optimizer_shardings, partition
+from qtale_jax.training.step import TrainState, initial_state
+
+
+@dataclass
+class Start:
+    """The starting point of a run; arrays are stacked, sharded and split into what trains and what does not."""
+
+    spec: ModelSpecification
+    tokenizer: Any
+    trainable: Flat
+    frozen: Flat
+    shardings: Flat
+    parent: dict | None
+
+
+def architecture_from(config: ArchitectureConfig, vocab_size: int) -> Architecture:
+    """Fills the defaults that depend on other keys.
+
+    Raises:
+        InputError: vocab_size is smaller than the tokenizer's.
+    """
+    if config.vocab_size is not None and config.vocab_size < vocab_size:
+        raise InputError(
+            f"model.architecture.vocab_size={config.vocab_size} does not match the tokenizer, which needs {vocab_size} or more"
+        )
+    fields = config.model_dump(exclude={"vocab_size", "num_kv_heads", "head_dim", "rope_scaling"})
+    return Architecture(
+        **fields,
+        vocab_size=config.vocab_size or vocab_size,
+        num_kv_heads=config.num_kv_heads or config.num_heads,
+        head_dim=config.head_dim or config.hidden_size // config.num_heads,
+        rope_scaling=RopeScaling(**config.rope_scaling.model_dump()) if config.rope_scaling else None,
+    )
+
+
+def routing_from(config: Config, num_layers: int) -> RoutingSpecification | None:
+    """The static half of the routing section; None for dense."""
+    routing = config.routing
+    if routing.method == "dense":
+        return None
+    names = ("method", "always_on_layers", "always_on_tokens", "router_hidden", "counting", "target", "eviction")
+    thresholds = {}
+    if routing.threshold != 0.5:
+        layers = num_layers - routing.always_on_layers
+        thresholds = {str(bits): (routing.threshold,) * layers for bits in (16, 8, 4, 3, 2)}
+    return RoutingSpecification(**{name: getattr(routing, name) for name in names}, thresholds=thresholds)
+
+
+def starting_model(config: Config, key: jax.Array) -> tuple[ModelSpecification, Parameters, Any, dict | None]:
+    """Loads the parent or initialises at random, then adds routers and adapters; one tree per layer."""
+    if config.model.path is not None:
+        loaded = load_model(config.model.path)
+        spec, params, tokenizer = loaded.spec, loaded.params, loaded.tokenizer
+        parent = {"path": config.model.path}
+        if tokenizer is None:
+            raise InputError(f"model.path={config.model.path}: the model directory has no tokenizer")
+    else:
+        tokenizer = load_tokenizer(config.model.tokenizer)
+        architecture = architecture_from(config.model.architecture, len(tokenizer))
+        spec = ModelSpecification(architecture=architecture, dtype=config.model.dtype)
+        params, parent = initialize(spec, jax.random.fold_in(key, 0)), None
+    if config.data.length > spec.architecture.max_length:
+        raise InputError(
+            f"data.length={config.data.length} is longer than the model's context, {spec.architecture.max_length} tokens"
+        )
+    lora = None
+    if config.lora is not None and config.train.parameters == "adapters":
+        lora = LoraSpecification(**config.lora.model_dump())
+    routing = routing_from(config, spec.architecture.num_layers)
+    spec, params = adapt(spec, params, routing, lora, jax.random.fold_in(key, 1))
+    return spec, params, tokenizer, parent
+
+
+def prepare(config: Config, mesh: Mesh, key: jax.Array) -> Start:
+    """Builds the starting point of a run on `mesh`."""
+    spec, params, tokenizer, parent = starting_model(config, key)
+    axes = stack_layers(spec, logical_axes(spec))
+    abstract = stack_layers(spec, abstract_parameters(spec))
+    placed = shardings(mesh, axes, abstract)
+    params = jax.tree.map(jax.device_put, stack_layers(spec, params), placed)
+    trainable, frozen = partition(params, config.train.parameters)
+    # What trains is kept in float32: bfloat16 weights would swallow small updates.
+    trainable = {path: leaf.astype(jnp.float32) for path, leaf in trainable.items()}
+    return Start(spec, tokenizer, trainable, frozen, flatten(placed), parent)
+
+
+def state_shardings(start: Start, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A sharding for every array of the state; the optimizer's moments follow their parameters."""
+    whole = replicated(mesh)
+    placed = {path: start.shardings[path] for path in start.trainable}
+    abstract = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in start.trainable.items()}
+    return TrainState(whole, whole, placed, optimizer_shardings(optimizer, abstract, placed, whole))
+
+
+def place_state(start: Start, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The initial state on the mesh."""
+    return jax.jit(
+        lambda trainable: initial_state(trainable, optimizer), out_shardings=state_shardings(start, optimizer, mesh)
+    )(start.trainable)
+
+

@@ -1,0 +1,96 @@
+"""The environment of all tests: eight CPU devices, strict promotion, deterministic examples, one compilation cache.
+
+What has to be set before JAX starts is set in the environment here, at import; processes that tests start inherit it.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+DEVICES_FLAG = "--xla_force_host_platform_device_count"
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+
+
+def _prepare_environment() -> str | None:
+    """Sets what JAX reads when it starts; returns the compilation cache if this process is to remove it."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if DEVICES_FLAG not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES_FLAG}=8".strip()
+    # XLA's thread pool has one thread per device by default. Steps that are dispatched before their predecessor is done
+    # then take the threads that the predecessor's collectives wait for, and the process hangs.
+    os.environ.setdefault("NPROC", "32")
+    os.environ.setdefault("PJRT_NPROC", "32")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    if _CACHE in os.environ:  # chosen by the user, or by the process that started this pytest-xdist worker
+        return None
+    os.environ[_CACHE] = tempfile.mkdtemp(prefix="qtale-jax-compiled-")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    return os.environ[_CACHE]
+
+
+_own_cache = _prepare_environment()
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+RunModule = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_unconfigure() -> None:
+    """Removes the compilation cache after the last worker."""
+    if _own_cache:
+        shutil.rmtree(_own_cache, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with the checkpoints and texts that tests may use where they are present."""
+    path = REPOSITORY.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip(f"no data in {path}")
+    return path
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A generator that gives every test the same numbers."""
+    return np.random.default_rng(20240607)
+
+
+@pytest.fixture
+def run_module(tmp_path: Path) -> RunModule:
+    """Runs `python -m MODULE ARGUMENTS...` as a user would: a process of its own, in the test's empty folder.
+
+    `devices` is the number of CPU devices it sees; other keywords go to `subprocess.run`.
+    """
+
+    def run(module: str, *arguments: str | Path, devices: int = 1, **settings) -> subprocess.CompletedProcess[str]:
+        flags = [flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(DEVICES_FLAG)]
+        environment = os.environ | {
+            "XLA_FLAGS": " ".join([*flags, f"{DEVICES_FLAG}={devices}"]),
+            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        }
+        defaults = {"cwd": tmp_path, "env": environment, "timeout": 600}
+        command = [sys.executable, "-m", module, *map(str, arguments)]
+        return subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, **(defaults | settings)
+        )
+
+    return run
