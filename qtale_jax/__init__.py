@@ -1,3 +1,23 @@
-"""QTALE-JAX: token-adaptive layer execution that survives quantization."""
+"""QTALE-JAX: token-adaptive layer execution that survives quantization.
+
+import qtale_jax
+model = qtale_jax.load("runs/quickstart/qtale-seed0/rtn-3bit-sym-calibrated")
+model.generate(["..."], max_new_tokens=20)
+"""
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+__all__ = ["Generation", "Model", "Score", "__version__", "load"]
+
+if TYPE_CHECKING:
+    from qtale_jax.model import Generation, Model, Score, load
+
+
+def __getattr__(name: str) -> Any:
+    # The public names need JAX; importing them on first use keeps `--help` and refused configurations fast.
+    if name in ("Generation", "Model", "Score", "load"):
+        from qtale_jax import model
+
+        return getattr(model, name)
+    raise AttributeError(f"module 'qtale_jax' has no attribute {name!r}")

@@ -56,8 +56,9 @@ class Parser(argparse.ArgumentParser):
 
 def stage_parser(stage: str, description: str) -> Parser:
     """Returns the parser of a stage that is driven by a configuration file."""
-    parser = Parser(prog=f"python -m qtale_jax.{stage}", description=description, keys=help_text)
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
+    usage = "%(prog)s [-h] [--print-config] CONFIG [key=value ...]"
+    parser = Parser(prog=f"python -m qtale_jax.{stage}", usage=usage, description=description, keys=help_text)
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, such as configs/quickstart.yaml")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="replaces a value of the file")
     parser.add_argument("--print-config", action="store_true", help="print the complete configuration and stop")
     return parser
@@ -70,7 +71,10 @@ def parse(stage: str, description: str, argv: Sequence[str] | None = None) -> Co
         InputError: a wrong argument, file, key, value or combination.
         SystemExit: after `--help` or `--print-config`.
     """
-    arguments = stage_parser(stage, description).parse_intermixed_args(argv)
+    parser = stage_parser(stage, description)
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.config is None:
+        parser.error("no CONFIG given")
     config = load_config(arguments.config, arguments.overrides)
     if arguments.print_config:
         yaml.safe_dump(resolve(config), sys.stdout, sort_keys=False, allow_unicode=True)

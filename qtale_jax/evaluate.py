@@ -37,7 +37,11 @@ def run_stage(config: Config, *, theta: float | None = None, point: str | None =
     write_text(target, json.dumps(result, indent=1))
     if not quiet:
         row = result["row"]
-        shown = {**(row["accuracy"] or {}), "nats per token": row["nats_per_token"], "standard error": row["standard_error"]}
+        shown = {
+            **(row["accuracy"] or {}),
+            "nats per token": row["nats_per_token"],
+            "standard error": row["standard_error"],
+        }
         shown |= {"executed ratio": row["executed_ratio"], "FLOPs per token": row["flops_per_token"]}
         cells = [(name, f"{value:,.4f}") for name, value in shown.items() if value is not None]
         Console().print(table(f"{row['model']}, {row['bits']} bits", ("measure", "value"), cells))

@@ -65,7 +65,7 @@ def write_arrays(directory: Path, flat: Flat) -> None:
         for name in names:
             leaf = flat[name]
             leaves[name] = leaf.read() if isinstance(leaf, Deferred) else leaf
-        ocp.save((directory / f"part-{index:05d}").resolve(), traverse_util.unflatten_dict(leaves, sep="/"))
+        ocp.save(str((directory / f"part-{index:05d}").resolve()), traverse_util.unflatten_dict(leaves, sep="/"))
 
 
 def _parts(flat: Flat) -> Iterator[list[str]]:
@@ -113,7 +113,7 @@ def read_arrays(directory: Path, expected: dict[str, jax.ShapeDtypeStruct]) -> F
     for part, leaves in stored.items():
         abstract = traverse_util.unflatten_dict({name: expected[name] for name in leaves}, sep="/")
         try:
-            loaded = ocp.load(part.resolve(), abstract)
+            loaded = ocp.load(str(part.resolve()), abstract)
         except Exception as error:  # whatever Orbax and TensorStore find wrong with the files
             raise InputError(f"{part} is damaged: {_first_line(error)}") from error
         flat |= traverse_util.flatten_dict(loaded, sep="/")
@@ -122,7 +122,7 @@ def read_arrays(directory: Path, expected: dict[str, jax.ShapeDtypeStruct]) -> F
 
 def _metadata(part: Path) -> Flat:
     try:
-        return traverse_util.flatten_dict(ocp.metadata(part.resolve()).metadata, sep="/")
+        return traverse_util.flatten_dict(ocp.metadata(str(part.resolve())).metadata, sep="/")
     except Exception as error:  # as above
         raise InputError(f"{part} is damaged: {_first_line(error)}") from error
 

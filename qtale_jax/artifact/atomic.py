@@ -15,7 +15,7 @@ from qtale_jax.errors import InputError
 
 
 def refuse_existing(path: str | Path) -> None:
-    """Raises what `new_directory` would: stages call it before they work, so that nothing is computed to be thrown away.
+    """Raises what `new_directory` would; stages call it before they work, so that nothing is computed for nothing.
 
     Raises:
         InputError: `path` exists and is not an empty directory.
@@ -43,11 +43,8 @@ def new_directory(
         InputError: `path` exists and may not be overwritten, or cannot be created.
     """
     path = Path(path).absolute()
-    taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
-    if taken and not overwrite:
-        raise InputError(f"{path} exists already; choose another output or remove it")
-    if taken and not replaceable(path):
-        raise InputError(f"{path} exists and is not a directory of the kind that would be written; it is left as it is")
+    if not (overwrite and replaceable(path)):
+        refuse_existing(path)
     token = _shared_token()
     temporary = path.with_name(f".{path.name}.{token}.tmp")
     first = jax.process_index() == 0

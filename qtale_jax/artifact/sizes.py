@@ -13,7 +13,7 @@ def weight_bytes(params: Parameters) -> dict[str, int]:
     "linears" are the kernels or stored integers of the seven linears of a block, "scales" their scales and zero points,
     "adapters" LoRA. Works on arrays and on `abstract_parameters`, with one tree per layer.
     """
-    parts = dict.fromkeys(PARTS, 0)
+    parts: dict[str, int] = dict.fromkeys(PARTS, 0)
     for name, leaf in flatten(params).items():
         parts[_part(name)] += array_bytes(leaf)
     return {**parts, "total": sum(parts.values())}

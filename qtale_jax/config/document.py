@@ -6,12 +6,13 @@ so that a message can name it.
 
 import copy
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 from qtale_jax.errors import InputError
 
@@ -40,15 +41,15 @@ class Document:
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 without its two traps: duplicate keys are errors, and 1e-3 is a number."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key_node.tag != "tag:yaml.org,2002:merge" and isinstance(key, Hashable):
-                if key in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
-                seen.add(key)
-        return super().construct_mapping(node, deep=deep)
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise ComposerError(None, None, f"duplicate key {key.value!r}", key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -182,21 +183,26 @@ def assign(values: dict[str, Any], path: KeyPath, value: Any, defaults: dict[str
         InputError: `path` goes through a value that is no section, or past the end of a list.
     """
     node: Any = values
-    for depth, key in enumerate(path):
-        last = depth == len(path) - 1
-        if isinstance(node, list):
-            if not key.isdigit() or int(key) >= len(node):
-                where = ".".join(path[:depth])
-                raise InputError(f"{COMMAND_LINE}: {where}: found index {key!r}; allowed: 0 to {len(node) - 1}")
-            key = int(key)
-        elif not isinstance(node, dict):
-            raise InputError(f"{COMMAND_LINE}: {'.'.join(path)}: {'.'.join(path[:depth])} holds {node!r}, no section")
-        if last:
+    for depth in range(len(path)):
+        key = _place(node, path, depth)
+        if depth == len(path) - 1:
             node[key] = value
         elif isinstance(node, dict) and node.get(key) is None:
-            container = _container(defaults, path[: depth + 1]) if key not in node else None
+            container = None if key in node else _container(defaults, path[: depth + 1])
             node[key] = {} if container is None else container
         node = node[key]
+
+
+def _place(node: Any, path: KeyPath, depth: int) -> Any:
+    """Returns what indexes `node` for `path[depth]`: the key of a mapping, the number of a list element."""
+    key, where = path[depth], ".".join(path[:depth])
+    if isinstance(node, dict):
+        return key
+    if not isinstance(node, list):
+        raise InputError(f"{COMMAND_LINE}: {'.'.join(path)}: {where} holds {node!r}, no section")
+    if not key.isdecimal() or int(key) >= len(node):
+        raise InputError(f"{COMMAND_LINE}: {where}: found index {key!r}; allowed: 0 to {len(node) - 1}")
+    return int(key)
 
 
 def _container(defaults: Any, path: KeyPath) -> Any:

@@ -31,6 +31,8 @@ def _reason(problem: Any, location: tuple[str | int, ...]) -> str:
     if kind == "extra_forbidden":
         name, options = str(location[-1]), catalogue.names(location[:-1])
         return f"unknown key{nearest(name, options)}; allowed: {', '.join(options)}"
+    if kind == "invalid_key" or problem["loc"][-1:] == ("[key]",):
+        return "found a key that is no text; allowed: text"
     if kind == "value_error":
         return str(problem["ctx"]["error"])
     node = catalogue.find(location)

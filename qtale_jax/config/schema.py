@@ -36,29 +36,31 @@ class Section(BaseModel):
 class RopeScalingConfig(Section):
     """Llama-3 frequency scaling of the rotary embedding."""
 
-    factor: float = Field(8.0, gt=0, description="how much longer than the original context")
+    factor: float = Field(default=8.0, gt=0, description="how much longer than the original context")
     low_freq_factor: float = Field(
-        1.0, gt=0, description="wavelengths above original_length / this are divided by factor"
+        default=1.0, gt=0, description="wavelengths above original_length / this are divided by factor"
     )
-    high_freq_factor: float = Field(4.0, gt=0, description="wavelengths below original_length / this are kept")
-    original_length: Positive = Field(8192, description="context of the unscaled model, tokens")
+    high_freq_factor: float = Field(default=4.0, gt=0, description="wavelengths below original_length / this are kept")
+    original_length: Positive = Field(default=8192, description="context of the unscaled model, tokens")
 
 
 class ArchitectureConfig(Section):
     """Shape of a Llama-family decoder, for models initialised at random."""
 
-    vocab_size: Positive | None = Field(None, description="rows of the embedding; default: the tokenizer's size")
-    hidden_size: Positive = Field(64, description="width of the residual stream")
-    intermediate_size: Positive = Field(128, description="width of the SwiGLU MLP")
-    num_layers: Positive = Field(10, description="transformer blocks")
-    num_heads: Positive = Field(4, description="query heads")
-    num_kv_heads: Positive | None = Field(None, description="key and value heads; default: num_heads")
-    head_dim: Positive | None = Field(None, description="width of a head; default: hidden_size / num_heads")
-    max_length: Positive = Field(512, description="longest sequence, tokens")
-    norm_eps: float = Field(1e-5, gt=0, description="added to the mean square in RMSNorm")
-    rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
-    rope_scaling: RopeScalingConfig | None = Field(None, description="Llama-3 frequency scaling")
-    tied_head: bool = Field(False, description="the output head is the embedding")
+    vocab_size: Positive | None = Field(
+        default=None, description="rows of the embedding; default: the tokenizer's size"
+    )
+    hidden_size: Positive = Field(default=64, description="width of the residual stream")
+    intermediate_size: Positive = Field(default=128, description="width of the SwiGLU MLP")
+    num_layers: Positive = Field(default=10, description="transformer blocks")
+    num_heads: Positive = Field(default=4, description="query heads")
+    num_kv_heads: Positive | None = Field(default=None, description="key and value heads; default: num_heads")
+    head_dim: Positive | None = Field(default=None, description="width of a head; default: hidden_size / num_heads")
+    max_length: Positive = Field(default=512, description="longest sequence, tokens")
+    norm_eps: float = Field(default=1e-5, gt=0, description="added to the mean square in RMSNorm")
+    rope_theta: float = Field(default=10000.0, gt=0, description="base of the rotary frequencies")
+    rope_scaling: RopeScalingConfig | None = Field(default=None, description="Llama-3 frequency scaling")
+    tied_head: bool = Field(default=False, description="the output head is the embedding")
 
     @model_validator(mode="after")
     def _check(self):
@@ -72,34 +74,46 @@ class ArchitectureConfig(Section):
 class ModelConfig(Section):
     """Where training starts: a model directory, or a random initialisation."""
 
-    path: str | None = Field(None, description="model directory to start from; none: initialise architecture at random")
-    architecture: ArchitectureConfig = Field(ArchitectureConfig(), description="shape when path is not given")
-    tokenizer: str = Field(
-        "reasoning", description="'reasoning', or a directory with tokenizer.json; used without path"
+    path: str | None = Field(
+        default=None, description="model directory to start from; none: initialise architecture at random"
     )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="storage type of frozen weights")
+    architecture: ArchitectureConfig = Field(default=ArchitectureConfig(), description="shape when path is not given")
+    tokenizer: str = Field(
+        default="reasoning", description="'reasoning', or a directory with tokenizer.json; used without path"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="storage type of frozen weights")
 
 
 class RoutingConfig(Section):
     """Token-adaptive layer execution: routers and the losses that shape them."""
 
-    method: Literal["dense", "dllm", "qtale"] = Field("qtale", description="dense: no routers; dllm: entropy_weight 0")
-    always_on_layers: int = Field(2, ge=0, description="first layers without a router")
-    always_on_tokens: int = Field(2, ge=0, description="first tokens of a sequence that execute every layer")
-    router_hidden: Positive = Field(512, description="hidden width of a router")
-    target: Fraction = Field(0.5, description="executed share that the rate loss aims at")
-    counting: Literal["all", "routed"] = Field("all", description="layers that the target counts; D-LLM counts all")
-    rate_loss: Literal["token", "batch"] = Field(
-        "token", description="token: mean |w - R| per token (D-LLM); batch: |mean w - R|"
+    method: Literal["dense", "dllm", "qtale"] = Field(
+        default="qtale", description="dense: no routers; dllm: entropy_weight 0"
     )
-    rate_weight: NotNegative = Field(5.0, description="lambda_1, weight of the rate loss")
-    rate_schedule: Literal["sin", "constant"] = Field("sin", description="sin: rises as sin(pi/2 * progress)")
-    entropy_weight: NotNegative = Field(0.3, description="lambda_2, weight of the entropy loss; 0 for dllm")
-    entropy_form: Literal["log_cosh", "entropy"] = Field("log_cosh", description="log cosh(gap/2), or 1 - H(p)/ln 2")
-    temperature: float = Field(1.0, gt=0, description="Gumbel-softmax temperature of the straight-through gradient")
-    eviction: bool = Field(True, description="keys and values of skipped tokens are invisible to later tokens")
-    eviction_gradient: bool = Field(True, description="the gate also receives the gradient through eviction")
-    threshold: float = Field(0.5, ge=0.0, le=1.0, description="theta before calibration: execute iff p >= theta")
+    always_on_layers: int = Field(default=2, ge=0, description="first layers without a router")
+    always_on_tokens: int = Field(default=2, ge=0, description="first tokens of a sequence that execute every layer")
+    router_hidden: Positive = Field(default=512, description="hidden width of a router")
+    target: Fraction = Field(default=0.5, description="executed share that the rate loss aims at")
+    counting: Literal["all", "routed"] = Field(
+        default="all", description="layers that the target counts; D-LLM counts all"
+    )
+    rate_loss: Literal["token", "batch"] = Field(
+        default="token", description="token: mean |w - R| per token (D-LLM); batch: |mean w - R|"
+    )
+    rate_weight: NotNegative = Field(default=5.0, description="lambda_1, weight of the rate loss")
+    rate_schedule: Literal["sin", "constant"] = Field(default="sin", description="sin: rises as sin(pi/2 * progress)")
+    entropy_weight: NotNegative = Field(default=0.3, description="lambda_2, weight of the entropy loss; 0 for dllm")
+    entropy_form: Literal["log_cosh", "entropy"] = Field(
+        default="log_cosh", description="log cosh(gap/2), or 1 - H(p)/ln 2"
+    )
+    temperature: float = Field(
+        default=1.0, gt=0, description="Gumbel-softmax temperature of the straight-through gradient"
+    )
+    eviction: bool = Field(default=True, description="keys and values of skipped tokens are invisible to later tokens")
+    eviction_gradient: bool = Field(default=True, description="the gate also receives the gradient through eviction")
+    threshold: float = Field(
+        default=0.5, ge=0.0, le=1.0, description="theta before calibration: execute iff p >= theta"
+    )
 
     @model_validator(mode="after")
     def _check(self):
@@ -123,27 +137,35 @@ LinearName = Literal["query", "key", "value", "output", "gate", "up", "down"]
 class LoraConfig(Section):
     """Low-rank adapters next to frozen linears."""
 
-    rank: Positive = Field(8, description="rank r; A ~ N(0, 1/r^2), B = 0, no alpha/r scale (D-LLM)")
-    dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's output")
-    targets: Many[LinearName] = Field(("query", "key", "value"), description="linears that get an adapter")
+    rank: Positive = Field(default=8, description="rank r; A ~ N(0, 1/r^2), B = 0, no alpha/r scale (D-LLM)")
+    dropout: float = Field(default=0.05, ge=0, lt=1, description="dropout on the adapter's output")
+    targets: Many[LinearName] = Field(default=("query", "key", "value"), description="linears that get an adapter")
 
 
 class DataConfig(Section):
     """What is read, how it becomes tokens, how tokens become batches."""
 
     kind: Literal["reasoning", "text", "instruction", "multiple_choice"] = Field(
-        "reasoning", description="format of the source"
+        default="reasoning", description="format of the source"
     )
-    path: str | None = Field(None, description="file or directory; for 'reasoning' where the generated set is kept")
-    evaluation_path: str | None = Field(None, description="file for validation and test; default: the tail of path")
-    tasks: Many[str] = Field((), description="subset of tasks; empty: all")
-    separator: str = Field("<|endoftext|>", description="text: splits documents")
-    held_out: float = Field(0.1, ge=0, lt=1, description="share at the end of path kept for validation and test")
-    length: int = Field(64, ge=4, description="tokens per row, after packing or padding")
-    packing: bool = Field(False, description="several examples per row, kept apart by segment ids")
-    loss_on: Literal["response", "all"] = Field("response", description="tokens that count in the cross-entropy")
-    truncation: Literal["error", "right", "drop"] = Field("drop", description="examples longer than length")
-    max_examples: int | None = Field(None, gt=0, description="read at most this many training examples")
+    path: str | None = Field(
+        default=None, description="file or directory; for 'reasoning' where the generated set is kept"
+    )
+    evaluation_path: str | None = Field(
+        default=None, description="file for validation and test; default: the tail of path"
+    )
+    tasks: Many[str] = Field(default=(), description="subset of tasks; empty: all")
+    separator: str = Field(default="<|endoftext|>", description="text: splits documents")
+    held_out: float = Field(
+        default=0.1, ge=0, lt=1, description="share at the end of path kept for validation and test"
+    )
+    length: int = Field(default=64, ge=4, description="tokens per row, after packing or padding")
+    packing: bool = Field(default=False, description="several examples per row, kept apart by segment ids")
+    loss_on: Literal["response", "all"] = Field(
+        default="response", description="tokens that count in the cross-entropy"
+    )
+    truncation: Literal["error", "right", "drop"] = Field(default="drop", description="examples longer than length")
+    max_examples: int | None = Field(default=None, gt=0, description="read at most this many training examples")
 
     @model_validator(mode="after")
     def _check(self):
@@ -155,66 +177,70 @@ class DataConfig(Section):
 class DistillationConfig(Section):
     """KL to the dense forward pass of the starting model."""
 
-    weight: NotNegative = Field(0.0, description="weight of the KL term; 0: off")
-    temperature: float = Field(1.0, gt=0, description="softening of both distributions")
+    weight: NotNegative = Field(default=0.0, description="weight of the KL term; 0: off")
+    temperature: float = Field(default=1.0, gt=0, description="softening of both distributions")
 
 
 class QuantizationAwareConfig(Section):
     """Straight-through fake quantization of the merged weights during fine-tuning."""
 
-    bits: Bits = Field(16, description="bits to train for; 16: off")
-    group_size: GroupSize = Field(-1, description="inputs per scale; -1: one scale per output channel")
-    symmetric: bool = Field(False, description="no zero point")
-    every: Positive = Field(2, description="quantize on every k-th step, full precision on the others")
+    bits: Bits = Field(default=16, description="bits to train for; 16: off")
+    group_size: GroupSize = Field(default=-1, description="inputs per scale; -1: one scale per output channel")
+    symmetric: bool = Field(default=False, description="no zero point")
+    every: Positive = Field(default=2, description="quantize on every k-th step, full precision on the others")
 
 
 class OptimizerConfig(Section):
     """AdamW with warm-up and cosine decay."""
 
-    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
-    router_learning_rate: float | None = Field(None, gt=0, description="peak for routers; default: learning_rate")
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
-    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
-    epsilon: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: NotNegative = Field(0.02, description="decoupled decay; none on one-dimensional parameters")
-    clip: NotNegative = Field(1.0, description="global gradient norm; 0: off")
-    warmup: Fraction = Field(0.1, description="share of the steps with linear warm-up")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="after warm-up")
+    learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate")
+    router_learning_rate: float | None = Field(
+        default=None, gt=0, description="peak for routers; default: learning_rate"
+    )
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of the second moment")
+    epsilon: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: NotNegative = Field(default=0.02, description="decoupled decay; none on one-dimensional parameters")
+    clip: NotNegative = Field(default=1.0, description="global gradient norm; 0: off")
+    warmup: Fraction = Field(default=0.1, description="share of the steps with linear warm-up")
+    schedule: Literal["cosine", "constant"] = Field(default="cosine", description="after warm-up")
 
 
 class TrainConfig(Section):
     """The training loop."""
 
-    steps: int | None = Field(None, gt=0, description="optimizer steps; none: from epochs")
-    epochs: float = Field(1.0, gt=0, description="passes over the data when steps is not given")
-    batch_size: Positive = Field(64, description="rows per optimizer step, over all devices")
-    microbatches: Positive = Field(1, description="gradient accumulation: parts that a batch is split into")
+    steps: int | None = Field(default=None, gt=0, description="optimizer steps; none: from epochs")
+    epochs: float = Field(default=1.0, gt=0, description="passes over the data when steps is not given")
+    batch_size: Positive = Field(default=64, description="rows per optimizer step, over all devices")
+    microbatches: Positive = Field(default=1, description="gradient accumulation: parts that a batch is split into")
     parameters: Literal["adapters", "routers", "all"] = Field(
-        "adapters", description="adapters: LoRA and routers; routers only; all"
+        default="adapters", description="adapters: LoRA and routers; routers only; all"
     )
-    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer and schedule")
-    distillation: DistillationConfig = Field(DistillationConfig(), description="distillation from the dense model")
+    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="optimizer and schedule")
+    distillation: DistillationConfig = Field(
+        default=DistillationConfig(), description="distillation from the dense model"
+    )
     quantization_aware: QuantizationAwareConfig = Field(
-        QuantizationAwareConfig(), description="train under the quantizer"
+        default=QuantizationAwareConfig(), description="train under the quantizer"
     )
     compute_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="type of matmuls outside float32 islands"
+        default="float32", description="type of matmuls outside float32 islands"
     )
-    remat: Literal["none", "dots", "full"] = Field("none", description="what the backward pass recomputes")
-    log_every: Positive = Field(20, description="steps between log lines")
-    evaluate_every: int = Field(0, ge=0, description="steps between validations; 0: only at the end")
-    evaluate_batches: Positive = Field(8, description="batches per validation")
-    checkpoint_every: Positive = Field(200, description="steps between checkpoints")
-    keep_checkpoints: Positive = Field(2, description="newest checkpoints kept, beside the best")
-    merge_lora: bool = Field(True, description="fold adapters into the weights of the model that is written")
+    remat: Literal["none", "dots", "full"] = Field(default="none", description="what the backward pass recomputes")
+    log_every: Positive = Field(default=20, description="steps between log lines")
+    evaluate_every: int = Field(default=0, ge=0, description="steps between validations; 0: only at the end")
+    evaluate_batches: Positive = Field(default=8, description="batches per validation")
+    checkpoint_every: Positive = Field(default=200, description="steps between checkpoints")
+    keep_checkpoints: Positive = Field(default=2, description="newest checkpoints kept, beside the best")
+    merge_lora: bool = Field(default=True, description="fold adapters into the weights of the model that is written")
 
 
 class MeshConfig(Section):
     """Devices along each axis; one of them may be -1: what is left."""
 
-    data: int = Field(-1, ge=-1, description="data parallel, parameters replicated")
-    fsdp: int = Field(1, ge=-1, description="data parallel, parameters sharded")
-    tensor: int = Field(1, ge=-1, description="heads and MLP width sharded")
+    data: int = Field(default=-1, ge=-1, description="data parallel, parameters replicated")
+    fsdp: int = Field(default=1, ge=-1, description="data parallel, parameters sharded")
+    tensor: int = Field(default=1, ge=-1, description="heads and MLP width sharded")
 
     @model_validator(mode="after")
     def _check(self):
@@ -229,12 +255,12 @@ class MeshConfig(Section):
 class QuantizeConfig(Section):
     """Post-training quantization of the seven linears of each layer."""
 
-    model: str | None = Field(None, description="model directory to read; default: OUTPUT/trained")
-    output: str | None = Field(None, description="model directory to write; default: OUTPUT/<method>-<bits>bit")
-    method: Literal["none", "rtn"] = Field("rtn", description="rtn: round to nearest; none: bits must be 16")
-    bits: Bits = Field(4, description="bits per weight")
-    group_size: GroupSize = Field(-1, description="inputs per scale; -1: one scale per output channel")
-    symmetric: bool = Field(False, description="no zero point")
+    model: str | None = Field(default=None, description="model directory to read; default: OUTPUT/trained")
+    output: str | None = Field(default=None, description="model directory to write; default: OUTPUT/<method>-<bits>bit")
+    method: Literal["none", "rtn"] = Field(default="rtn", description="rtn: round to nearest; none: bits must be 16")
+    bits: Bits = Field(default=4, description="bits per weight")
+    group_size: GroupSize = Field(default=-1, description="inputs per scale; -1: one scale per output channel")
+    symmetric: bool = Field(default=False, description="no zero point")
 
     @model_validator(mode="after")
     def _check(self):
@@ -248,61 +274,63 @@ class QuantizeConfig(Section):
 class CalibrateConfig(Section):
     """The threshold theta, found on calibration data."""
 
-    model: str | None = Field(None, description="model directory to read; default: the quantized one")
-    output: str | None = Field(None, description="model directory to write; default: <model>-calibrated")
+    model: str | None = Field(default=None, description="model directory to read; default: the quantized one")
+    output: str | None = Field(default=None, description="model directory to write; default: <model>-calibrated")
     objective: Literal["ratio", "quality"] = Field(
-        "ratio", description="ratio: hit it; quality: smallest ratio near the best"
+        default="ratio", description="ratio: hit it; quality: smallest ratio near the best"
     )
-    ratio: Fraction = Field(0.5, description="executed share asked for: all tokens, all layers")
+    ratio: Fraction = Field(default=0.5, description="executed share asked for: all tokens, all layers")
     within: NotNegative = Field(
-        0.5, description="quality: accuracy points (or percent of nats) that may be lost against the best"
+        default=0.5, description="quality: accuracy points (or percent of nats) that may be lost against the best"
     )
-    tolerance: float = Field(0.005, gt=0, description="accepted distance from the asked share")
-    examples: Positive = Field(512, description="calibration examples")
-    max_threshold: Fraction = Field(0.999, description="upper end of the search")
+    tolerance: float = Field(default=0.005, gt=0, description="accepted distance from the asked share")
+    examples: Positive = Field(default=512, description="calibration examples")
+    max_threshold: Fraction = Field(default=0.999, description="upper end of the search")
 
 
 class EvaluateConfig(Section):
     """Accuracy, perplexity and cost of one model directory."""
 
-    model: str | None = Field(None, description="model directory to read; default: the newest of this run")
-    output: str | None = Field(None, description="JSON file to write; default: OUTPUT/evaluation/<model>.json")
-    name: str | None = Field(None, description="model's name in results; default: its routing method")
-    split: Literal["validation", "test"] = Field("test", description="split that is evaluated")
-    max_examples: int | None = Field(None, gt=0, description="examples per task; default: all")
-    batch_size: Positive = Field(64, description="rows per batch")
-    normalize: bool = Field(True, description="accuracy by log-likelihood per token rather than its sum")
-    perplexity: bool = Field(True, description="nats per token of the split")
-    maps: int = Field(4, ge=0, description="examples whose layer-by-token execution is stored for the report")
+    model: str | None = Field(default=None, description="model directory to read; default: the newest of this run")
+    output: str | None = Field(default=None, description="JSON file to write; default: OUTPUT/evaluation/<model>.json")
+    name: str | None = Field(default=None, description="model's name in results; default: its routing method")
+    split: Literal["validation", "test"] = Field(default="test", description="split that is evaluated")
+    max_examples: int | None = Field(default=None, gt=0, description="examples per task; default: all")
+    batch_size: Positive = Field(default=64, description="rows per batch")
+    normalize: bool = Field(default=True, description="accuracy by log-likelihood per token rather than its sum")
+    perplexity: bool = Field(default=True, description="nats per token of the split")
+    maps: int = Field(default=4, ge=0, description="examples whose layer-by-token execution is stored for the report")
 
 
 class GenerateConfig(Section):
     """Text from one model directory."""
 
-    model: str | None = Field(None, description="model directory to read; default: the newest of this run")
-    prompts: Many[str] = Field((), description="prompts; empty: one empty prompt")
-    max_new_tokens: Positive = Field(64, description="tokens to add")
-    temperature: NotNegative = Field(0.0, description="0: greedy")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling")
+    model: str | None = Field(default=None, description="model directory to read; default: the newest of this run")
+    prompts: Many[str] = Field(default=(), description="prompts; empty: one empty prompt")
+    max_new_tokens: Positive = Field(default=64, description="tokens to add")
+    temperature: NotNegative = Field(default=0.0, description="0: greedy")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus sampling")
 
 
 class ExperimentConfig(Section):
     """A grid of stages: base, fine-tunes, quantizers, seeds."""
 
-    seeds: Many[Seed] = Field((0,), description="one fine-tune per seed")
-    workers: Positive = Field(1, description="processes side by side; each gets an equal share of the cores")
+    seeds: Many[Seed] = Field(default=(0,), description="one fine-tune per seed")
+    workers: Positive = Field(default=1, description="processes side by side; each gets an equal share of the cores")
     base: dict | None = Field(
-        None, description="overrides for training the base from nothing; none: model.path is the base"
+        default=None, description="overrides for training the base from nothing; none: model.path is the base"
     )
     methods: dict[str, dict] = Field(
-        {"dense": {}, "dllm": {}, "qtale": {}},
+        default={"dense": {}, "dllm": {}, "qtale": {}},
         description="name -> overrides; a routing method's name sets it; 'dense' without overrides is the base",
     )
     quantizers: Many[QuantizeConfig] = Field(
-        (QuantizeConfig(method="none", bits=16),), description="grid of quantizers"
+        default=(QuantizeConfig(method="none", bits=16),), description="grid of quantizers"
     )
-    ratios: Many[Fraction] = Field((), description="executed shares at which every routed model is also evaluated")
-    title: str = Field("QTALE-JAX", description="heading of the report")
+    ratios: Many[Fraction] = Field(
+        default=(), description="executed shares at which every routed model is also evaluated"
+    )
+    title: str = Field(default="QTALE-JAX", description="heading of the report")
 
     @model_validator(mode="after")
     def _check(self):
@@ -320,19 +348,19 @@ class ExperimentConfig(Section):
 class Config(Section):
     """One experiment; `output` is the folder that holds everything it writes."""
 
-    output: str = Field("runs/default", description="folder for models, logs and reports")
-    seed: Seed = Field(0, description="seed of initialisation, data order, noise")
-    model: ModelConfig = Field(ModelConfig(), description="starting point")
-    routing: RoutingConfig = Field(RoutingConfig(), description="token-adaptive execution")
-    lora: LoraConfig | None = Field(LoraConfig(), description="adapters; null: none")
-    data: DataConfig = Field(DataConfig(), description="data")
-    train: TrainConfig = Field(TrainConfig(), description="training")
-    mesh: MeshConfig = Field(MeshConfig(), description="devices")
-    quantize: QuantizeConfig = Field(QuantizeConfig(), description="quantization")
-    calibrate: CalibrateConfig = Field(CalibrateConfig(), description="threshold")
-    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="evaluation")
-    generate: GenerateConfig = Field(GenerateConfig(), description="generation")
-    experiment: ExperimentConfig = Field(ExperimentConfig(), description="grid of stages")
+    output: str = Field(default="runs/default", description="folder for models, logs and reports")
+    seed: Seed = Field(default=0, description="seed of initialisation, data order, noise")
+    model: ModelConfig = Field(default=ModelConfig(), description="starting point")
+    routing: RoutingConfig = Field(default=RoutingConfig(), description="token-adaptive execution")
+    lora: LoraConfig | None = Field(default=LoraConfig(), description="adapters; null: none")
+    data: DataConfig = Field(default=DataConfig(), description="data")
+    train: TrainConfig = Field(default=TrainConfig(), description="training")
+    mesh: MeshConfig = Field(default=MeshConfig(), description="devices")
+    quantize: QuantizeConfig = Field(default=QuantizeConfig(), description="quantization")
+    calibrate: CalibrateConfig = Field(default=CalibrateConfig(), description="threshold")
+    evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="evaluation")
+    generate: GenerateConfig = Field(default=GenerateConfig(), description="generation")
+    experiment: ExperimentConfig = Field(default=ExperimentConfig(), description="grid of stages")
 
     @model_validator(mode="after")
     def _check(self):

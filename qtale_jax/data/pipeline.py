@@ -53,7 +53,10 @@ def load_rows(config: Config, tokenizer: Any, split: str) -> Rows:
     found, touched = examples(config, tokenizer, split)
     if touched:
         log.warning(
-            "%s: %d examples longer than data.length=%d were %s", split, touched, config.data.length,
+            "%s: %d examples longer than data.length=%d were %s",
+            split,
+            touched,
+            config.data.length,
             "cut" if config.data.truncation == "right" else "dropped",
         )
     return build_rows(found, config.data.length, config.data.packing)

@@ -29,7 +29,9 @@ def load_tokenizer(name: str) -> Any:
 
     tokenizer = from_directory(name) if Path(name).is_dir() else None
     if tokenizer is None:
-        raise InputError(f"model.tokenizer={name!r}: no tokenizer.json there; allowed: 'reasoning' or a directory with one")
+        raise InputError(
+            f"model.tokenizer={name!r}: no tokenizer.json there; allowed: 'reasoning' or a directory with one"
+        )
     return tokenizer
 
 
@@ -44,7 +46,9 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     try:
         encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     except Exception as error:  # tokenizers raises a bare Exception for what it cannot encode
-        raise InputError(f"the tokenizer cannot encode some of the text ({error}), for example {texts[0][:60]!r}") from error
+        raise InputError(
+            f"the tokenizer cannot encode some of the text ({error}), for example {texts[0][:60]!r}"
+        ) from error
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return [start + ids for ids in encoded]
 
@@ -89,7 +93,10 @@ def _end(tokenizer: Any) -> list[int]:
 
 
 def truncate(examples: Sequence[Tokens], config: DataConfig) -> tuple[list[Tokens], int]:
-    """Applies `data.truncation` to examples longer than `data.length`; returns what stays and how many were cut or left.
+    """Applies `data.truncation` to examples longer than `data.length`.
+
+    Returns:
+        What stays, and how many examples were cut or left out.
 
     Raises:
         InputError: the policy is "error" and an example is too long, or nothing is left.
@@ -122,8 +129,6 @@ def examples(config: Config, tokenizer: Any, split: str) -> tuple[list[Tokens], 
 
 
 def pieces(documents: Sequence[Tokens], length: int) -> list[Tokens]:
-    """Cuts long documents into pieces of at most `length`; short documents stay whole. For packed text nothing is lost."""
+    """Cuts long documents into pieces of at most `length`; short documents stay whole; nothing is lost."""
     cut = [Tokens(d.ids[i : i + length], 1) for d in documents for i in range(0, len(d.ids), length)]
     return [piece for piece in cut if len(piece.ids) > 1]
-
-

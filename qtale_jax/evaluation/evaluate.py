@@ -103,7 +103,12 @@ def routing_summary(counted: Counted) -> dict[str, Any]:
 
 
 def execution_maps(
-    spec: ModelSpecification, params: Parameters, rows: Sequence[Row], tasks: Sequence[str], policy: Policy, tokenizer: Any
+    spec: ModelSpecification,
+    params: Parameters,
+    rows: Sequence[Row],
+    tasks: Sequence[str],
+    policy: Policy,
+    tokenizer: Any,
 ) -> list[dict[str, Any]]:
     """What each token of a few examples executes, with its probabilities."""
     if spec.routing is None or not rows:

@@ -59,9 +59,7 @@ def advance(
     context = Context(rotary_tables(spec.architecture, positions), slot <= at, slot == at, present, positions)
     always_on_tokens = spec.routing.always_on_tokens if spec.routing else 0
     hidden = embed(spec, params, jnp.maximum(tokens, 0), compute_dtype)
-    hidden, routing, _, caches = run_layers(
-        spec, params, hidden, context, positions < always_on_tokens, policy, caches
-    )
+    hidden, routing, _, caches = run_layers(spec, params, hidden, context, positions < always_on_tokens, policy, caches)
     return hidden, routing.execute, caches
 
 

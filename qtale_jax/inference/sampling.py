@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
 def nucleus(logits: Float[Array, "b v"], top_p: Float[Array, ""]) -> Float[Array, "b v"]:
-    """Hides all but the smallest set of most likely tokens whose probability reaches `top_p` (Holtzman et al., 2020)."""
+    """Hides all but the smallest set of likeliest tokens whose probability reaches `top_p` (Holtzman et al., 2020)."""
     ordered = -jnp.sort(-logits, axis=-1)
     cumulative = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
     # A token stays when the mass before it is below top_p, so the most likely one always does.

@@ -67,7 +67,8 @@ def adapt(
     if routing is not None and routing.always_on_layers >= spec.architecture.num_layers:
         layers = spec.architecture.num_layers
         raise InputError(
-            f"routing.always_on_layers={routing.always_on_layers} leaves no routed layer of {layers}; allowed: 0 to {layers - 1}"
+            f"routing.always_on_layers={routing.always_on_layers} leaves no routed layer of {layers}; "
+            f"allowed: 0 to {layers - 1}"
         )
     new = spec.model_copy(update={"routing": routing or spec.routing, "lora": lora})
     layers = {}

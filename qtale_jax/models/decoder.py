@@ -31,6 +31,7 @@ class FeedForward(nnx.Module):
         self.down: Linear = make_linear("down", ("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "b t d"], keys: tuple[PRNGKeyArray | None, ...]) -> Float[Array, "b t d"]:
+        """Applies the MLP; `keys` turn on the dropout of adapters on gate, up and down."""
         return self.down(jax.nn.silu(self.gate(x, keys[0])) * self.up(x, keys[1]), keys[2])
 
 

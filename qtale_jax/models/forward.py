@@ -90,7 +90,19 @@ def _route(block, hidden, context, initial, policy, routed, layer):
 
 
 def _run_block(
-    spec, layer, routed, params, hidden, context, initial, policy, cache, dropout_key, graph_layer, transform, conditional
+    spec,
+    layer,
+    routed,
+    params,
+    hidden,
+    context,
+    initial,
+    policy,
+    cache,
+    dropout_key,
+    graph_layer,
+    transform,
+    conditional,
 ):
     """One layer: route, run, keep. `layer` and `routed` may be traced; `graph_layer` is a static layer of its kind."""
     params = transform(params) if transform else params
@@ -140,8 +152,19 @@ def run_layers(
             def body(carry, inputs, graph_layer=layers[0]):
                 index, layer_params = inputs
                 carry, _, record = _run_block(
-                    spec, index, index - always_on, layer_params, carry, context, initial, policy, None, dropout_key,
-                    graph_layer, layer_transform, False,
+                    spec,
+                    index,
+                    index - always_on,
+                    layer_params,
+                    carry,
+                    context,
+                    initial,
+                    policy,
+                    None,
+                    dropout_key,
+                    graph_layer,
+                    layer_transform,
+                    False,
                 )
                 return carry, record
 
@@ -155,8 +178,19 @@ def run_layers(
 
             def step(layer_params, hidden, cache, layer=layer):
                 return _run_block(
-                    spec, layer, layer - always_on, layer_params, hidden, context, initial, policy, cache, dropout_key,
-                    layer, layer_transform, True,
+                    spec,
+                    layer,
+                    layer - always_on,
+                    layer_params,
+                    hidden,
+                    context,
+                    initial,
+                    policy,
+                    cache,
+                    dropout_key,
+                    layer,
+                    layer_transform,
+                    True,
                 )
 
             hidden, cache, record = _checkpointed(step, remat)(params["layers"][layer], hidden, cache)
@@ -223,7 +257,15 @@ def forward(
     always_on_tokens = spec.routing.always_on_tokens if spec.routing else 0
     hidden = embed(spec, params, tokens, jnp.dtype(compute_dtype))
     hidden, routing, gates, _ = run_layers(
-        spec, params, hidden, context, positions < always_on_tokens, policy or Dense(), None, dropout_key, remat,
+        spec,
+        params,
+        hidden,
+        context,
+        positions < always_on_tokens,
+        policy or Dense(),
+        None,
+        dropout_key,
+        remat,
         layer_transform,
     )
     return Output(unembed(spec, params, hidden), routing, gates)

@@ -27,6 +27,7 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        """Normalises the last axis."""
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
@@ -42,6 +43,7 @@ class Embedding(nnx.Module):
         self.table = parameter(table.astype(dtype), ("vocab", "embed"))
 
     def __call__(self, tokens: Int[Array, "..."]) -> Float[Array, "... d"]:
+        """Returns the rows of `tokens`."""
         return jnp.take(self.table[...], tokens, axis=0)
 
 
@@ -55,6 +57,7 @@ class LowRank(nnx.Module):
         self.dropout = dropout
 
     def __call__(self, x: Float[Array, "... i"], key: PRNGKeyArray | None) -> Float[Array, "... o"]:
+        """Returns the branch's output in the type of x; with a key, dropout is on."""
         out = (x.astype(jnp.float32) @ self.down[...]) @ self.up[...]
         if key is not None and self.dropout > 0:
             kept = jax.random.bernoulli(key, 1.0 - self.dropout, out.shape)
@@ -105,5 +108,6 @@ class Linear(nnx.Module):
         self.is_quantized, self.has_lora = format is not None, bool(rank)
 
     def __call__(self, x: Float[Array, "... i"], key: PRNGKeyArray | None = None) -> Float[Array, "... o"]:
+        """Multiplies, and adds the adapter's output; with a key, its dropout is on."""
         out = linear(x, self.quantized.weight() if self.is_quantized else self.kernel[...])
         return out + self.lora(x, key) if self.has_lora else out

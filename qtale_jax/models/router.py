@@ -21,6 +21,7 @@ class Affine(nnx.Module):
         self.kernel, self.bias = parameter(kernel, (None, None)), parameter(bias, (None,))
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        """Applies the affine map to the last axis."""
         return x @ self.kernel[...] + self.bias[...].reshape((1,) * (x.ndim - 1) + (-1,))
 
 
@@ -34,5 +35,6 @@ class Router(nnx.Module):
         self.output.bias[...] = jnp.asarray(OPEN_BIAS, jnp.float32)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t 2"]:
+        """Returns float32 logits for the raw residual stream of every token."""
         with jax.default_matmul_precision("float32"):  # TPUs would round float32 inputs to bfloat16
             return self.output(jax.nn.silu(self.norm(self.hidden(x.astype(jnp.float32)))))

@@ -1,7 +1,7 @@
 """What a model is, without its weights: everything static that `model.json` records.
 
-`ModelSpecification` is enough to build the skeleton of a model (`models.decoder.abstract_parameters`), quantized or not,
-and to run it. All classes are frozen and hashable, so that they can be static arguments of compiled functions.
+`ModelSpecification` is enough to build the skeleton of a model (`models.decoder.abstract_parameters`), quantized or
+not, and to run it. All classes are frozen and hashable, so that they can be static arguments of compiled functions.
 """
 
 from typing import Any, Literal
@@ -135,7 +135,8 @@ class ModelSpecification(_Frozen):
     def _check(self):
         if self.routing and self.routing.always_on_layers >= self.architecture.num_layers:
             raise ValueError(
-                f"always_on_layers={self.routing.always_on_layers} leaves no routed layer of {self.architecture.num_layers}"
+                f"always_on_layers={self.routing.always_on_layers} leaves no routed layer of "
+                f"{self.architecture.num_layers}"
             )
         return self
 
@@ -146,7 +147,7 @@ class ModelSpecification(_Frozen):
 
     @property
     def structure(self) -> "ModelSpecification":
-        """The specification without what a forward pass does not depend on, thresholds first: keys compiled functions."""
+        """The specification without thresholds and notes, which no program depends on: keys compiled functions."""
         if self.routing is None:
             return self
         unused = {"thresholds": {}, "calibration": {}, "method": "qtale", "target": 0.5, "counting": "all"}

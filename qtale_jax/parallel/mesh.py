@@ -37,7 +37,9 @@ def _fits(mesh: Mesh, entry: str | tuple[str, ...] | None, size: int) -> bool:
 def sharding(mesh: Mesh, names: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
     """Sharding of one array by its logical axes; a dimension that the mesh does not divide stays whole."""
     entries = partition_spec(names)
-    return NamedSharding(mesh, PartitionSpec(*(e if _fits(mesh, e, n) else None for e, n in zip(entries, shape, strict=True))))
+    return NamedSharding(
+        mesh, PartitionSpec(*(e if _fits(mesh, e, n) else None for e, n in zip(entries, shape, strict=True)))
+    )
 
 
 def shardings(mesh: Mesh, axes: Any, abstract: Any) -> Any:

@@ -17,7 +17,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def quantization_table(report: Sequence[Any], before: Mapping[str, int], after: Mapping[str, int]) -> Table:
-    """Relative weight error and bytes per layer (`quantization.pipeline.LayerReport`), then totals of the whole model."""
+    """Relative weight error and bytes per layer (`quantization.pipeline.LayerReport`), then totals."""
     rows = [
         (
             f"layer {layer.layer}",

@@ -36,8 +36,12 @@ class RunLog:
         self._total, self._quiet = total, quiet
         self._console = Console(file=sys.stderr)
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
         )
         self._progress = Progress(*columns, console=self._console, disable=quiet or not self._console.is_terminal)
         self._task = self._progress.add_task("training", total=total, completed=resumed, rate="")

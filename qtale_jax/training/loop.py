@@ -46,14 +46,18 @@ def sharded_batch(mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray]) -> Batc
 
 
 def build_validation(config: Config, start: Start, mesh: jax.sharding.Mesh):
-    """Returns a function (trainable, frozen) -> nats per target token on the validation split, theta as at inference."""
+    """Returns a function (trainable, frozen) -> nats per target token on the validation split at the model's theta."""
     spec = start.spec
     policy = Thresholded(jnp.asarray(spec.thresholds, jnp.float32)) if spec.routing else Dense()
 
     @jax.jit
     def batch_nats(trainable, frozen, batch):
         output = forward(
-            spec, nest(trainable, frozen), batch["tokens"], segment_ids=batch["segment_ids"], policy=policy,
+            spec,
+            nest(trainable, frozen),
+            batch["tokens"],
+            segment_ids=batch["segment_ids"],
+            policy=policy,
             compute_dtype=jnp.dtype(config.train.compute_dtype),
         )
         nats = objective.token_cross_entropy(output.logits, batch["targets"])
@@ -73,8 +77,13 @@ def build_validation(config: Config, start: Start, mesh: jax.sharding.Mesh):
 def pipeline_for(config: Config, start: Start, split: str):
     """The data pipeline of this process."""
     return build_pipeline(
-        config, start.tokenizer, split=split, batch_size=config.train.batch_size,
-        process_index=jax.process_index(), process_count=jax.process_count(), seed=config.seed,
+        config,
+        start.tokenizer,
+        split=split,
+        batch_size=config.train.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        seed=config.seed,
     )
 
 
@@ -202,5 +211,11 @@ def write_model(config: Config, start: Start, state: TrainState, steps: int) -> 
     params = unstack_layers(spec, nest(trained, start.frozen))
     if config.train.merge_lora:
         spec, params = merge_lora(spec, params)
-    provenance = {"stage": "train", "parent": start.parent, "config": resolve(config), "seed": config.seed, "steps": steps}
+    provenance = {
+        "stage": "train",
+        "parent": start.parent,
+        "config": resolve(config),
+        "seed": config.seed,
+        "steps": steps,
+    }
     save_model(Path(config.output) / "trained", spec, params, tokenizer=start.tokenizer, provenance=provenance)

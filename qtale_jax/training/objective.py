@@ -13,7 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 from qtale_jax.models.policy import gap
 
 
-def weighted_mean(values: Float[Array, "..."], weights: Float[Array, "..."], total: Float[Array, ""]) -> Float[Array, ""]:
+def weighted_mean(
+    values: Float[Array, "..."], weights: Float[Array, "..."], total: Float[Array, ""]
+) -> Float[Array, ""]:
     """sum(values * weights) / total; `total` is given so that microbatches add up to the whole batch."""
     return jnp.sum(values * weights) / jnp.maximum(total, 1.0)
 
@@ -43,8 +45,8 @@ def rate_loss(
 ) -> Float[Array, ""]:
     """Distance of the executed share from `target`.
 
-    "token" is D-LLM's: mean over tokens of |share - target|. "batch" is |mean share - target|: tokens may differ, and the
-    mean is held without the drift that the per-token form shows.
+    "token" is D-LLM's: mean over tokens of |share - target|. "batch" is |mean share - target|: tokens may differ, and
+    the mean is held without the drift that the per-token form shows.
     """
     if form == "token":
         return weighted_mean(jnp.abs(share - target), counted, total)

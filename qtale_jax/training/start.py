@@ -47,7 +47,8 @@ def architecture_from(config: ArchitectureConfig, vocab_size: int) -> Architectu
     """
     if config.vocab_size is not None and config.vocab_size < vocab_size:
         raise InputError(
-            f"model.architecture.vocab_size={config.vocab_size} does not match the tokenizer, which needs {vocab_size} or more"
+            f"model.architecture.vocab_size={config.vocab_size} does not match the tokenizer, "
+            f"which needs {vocab_size} or more"
         )
     fields = config.model_dump(exclude={"vocab_size", "num_kv_heads", "head_dim", "rope_scaling"})
     return Architecture(
@@ -87,7 +88,8 @@ def starting_model(config: Config, key: jax.Array) -> tuple[ModelSpecification, 
         params, parent = initialize(spec, jax.random.fold_in(key, 0)), None
     if config.data.length > spec.architecture.max_length:
         raise InputError(
-            f"data.length={config.data.length} is longer than the model's context, {spec.architecture.max_length} tokens"
+            f"data.length={config.data.length} is longer than the model's context, "
+            f"{spec.architecture.max_length} tokens"
         )
     lora = None
     if config.lora is not None and config.train.parameters == "adapters":
@@ -123,5 +125,3 @@ def place_state(start: Start, optimizer: optax.GradientTransformation, mesh: Mes
     return jax.jit(
         lambda trainable: initial_state(trainable, optimizer), out_shardings=state_shardings(start, optimizer, mesh)
     )(start.trainable)
-
-

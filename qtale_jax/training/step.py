@@ -70,16 +70,21 @@ def rate_weight(config: Config, progress: Float[Array, ""]) -> Float[Array, ""]:
 class TrainStep:
     """Builds the pure step for one model and configuration; `__call__` is what gets jitted."""
 
-    def __init__(
-        self, spec: ModelSpecification, config: Config, optimizer: optax.GradientTransformation, steps: int
-    ):
+    def __init__(self, spec: ModelSpecification, config: Config, optimizer: optax.GradientTransformation, steps: int):
         self.spec, self.config, self.optimizer, self.steps = spec, config, optimizer, steps
         self.forward = functools.partial(
             forward, compute_dtype=jnp.dtype(config.train.compute_dtype), remat=config.train.remat
         )
 
     def loss(
-        self, trainable: Flat, frozen: Flat, teacher: Flat | None, batch: Batch, step: Array, key: PRNGKeyArray, totals: dict
+        self,
+        trainable: Flat,
+        frozen: Flat,
+        teacher: Flat | None,
+        batch: Batch,
+        step: Array,
+        key: PRNGKeyArray,
+        totals: dict,
     ) -> tuple[Array, Metrics]:
         """Loss of one microbatch; `totals` are the weights of the whole batch, so that microbatches add up."""
         config, spec = self.config, self.spec

@@ -54,7 +54,7 @@ def architecture_from(config: Config, where: str) -> Architecture:
         InputError: not a Llama, or one with parts that this library does not have.
     """
     _refuse_unsupported(config, where)
-    sizes = {ours: _positive(config, theirs, where) for theirs, ours in SIZES.items()}
+    sizes: Config = {ours: _positive(config, theirs, where) for theirs, ours in SIZES.items()}
     heads, hidden = sizes["num_heads"], sizes["hidden_size"]
     if config.get("head_dim") is None and hidden % heads:
         raise InputError(f"{where}: num_attention_heads={heads} does not divide hidden_size={hidden}")
@@ -80,10 +80,11 @@ def architecture_from(config: Config, where: str) -> Architecture:
 def _refuse_unsupported(config: Config, where: str) -> None:
     kind = config.get("model_type")
     if kind != "llama":
-        raise InputError(f"{where}: model_type={kind!r} is not supported; supported: 'llama'{nearest(str(kind), ['llama'])}")
+        hint = nearest(str(kind), ["llama"])
+        raise InputError(f"{where}: model_type={kind!r} is not supported; supported: 'llama'{hint}")
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key):
-            raise InputError(f"{where}: {key}={config[key]!r} is not supported: linears have no bias here; allowed: false")
+            raise InputError(f"{where}: {key}={config[key]!r} is not supported (linears have no bias); allowed: false")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise InputError(f"{where}: hidden_act={config['hidden_act']!r} is not supported; supported: 'silu'")
     if config.get("quantization_config"):
@@ -109,10 +110,8 @@ def _rope(config: Config, where: str) -> tuple[float, RopeScaling | None]:
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        known = ("default", "llama3")
-        raise InputError(
-            f"{where_key}: rope_type={kind!r} is not supported; supported: 'default', 'llama3'{nearest(str(kind), known)}"
-        )
+        hint = nearest(str(kind), ("default", "llama3"))
+        raise InputError(f"{where_key}: rope_type={kind!r} is not supported; supported: 'default', 'llama3'{hint}")
     values = {ours: _number(parameters, theirs, where_key) for theirs, ours in LLAMA3_KEYS.items()}
     if values["high_freq_factor"] <= values["low_freq_factor"]:
         raise InputError(f"{where_key}: high_freq_factor must be greater than low_freq_factor, found {values}")
@@ -166,7 +165,7 @@ def config_for(spec: ModelSpecification, original: Config | None, dtype: str, to
 def _described(architecture: Architecture) -> Config:
     """`Architecture` in the older spelling of RoPE, which every version of transformers reads."""
     scaling = architecture.rope_scaling
-    rope = {"rope_theta": architecture.rope_theta}
+    rope: Config = {"rope_theta": architecture.rope_theta}
     if scaling is not None:
         values = scaling.model_dump()
         rope["rope_scaling"] = {"rope_type": "llama3", **{theirs: values[ours] for theirs, ours in LLAMA3_KEYS.items()}}

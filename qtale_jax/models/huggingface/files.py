@@ -117,7 +117,7 @@ def read_checkpoint(directory: Path) -> dict[str, StoredTensor]:
 
 
 def write_checkpoint(directory: Path, tensors: Sequence[NewTensor], shard_bytes: int = SHARD_BYTES) -> list[str]:
-    """Writes tensors in order, to one file or, above `shard_bytes`, to several with an index; returns the file names."""
+    """Writes tensors in order, to one file or, above `shard_bytes`, to several with an index; returns their names."""
     shards: list[list[NewTensor]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(entry.nbytes for entry in shards[-1]) + tensor.nbytes > shard_bytes:

@@ -1,0 +1,43 @@
+"""`python -m qtale_jax.calibrate CONFIG [key=value ...]`: finds the threshold of a (quantized) routed model."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from qtale_jax.command import STAGES, parse, run
+from qtale_jax.config.schema import Config
+
+
+def run_stage(config: Config, *, quiet: bool = False) -> Path:
+    """Reads `calibrate.model`, writes `calibrate.output` with theta stored; returns the new model directory.
+
+    Raises:
+        InputError: bad input, or the output exists.
+    """
+    from qtale_jax import paths
+    from qtale_jax.artifact import fingerprint, load_model, refuse_existing, save_model
+    from qtale_jax.calibration.calibrate import calibrate, with_lineage
+
+    source, target = Path(config.calibrate.model or paths.quantized(config)), paths.calibrated(config)
+    refuse_existing(target)
+    model, found = calibrate(load_model(source), config)
+    provenance = with_lineage(model, str(source), fingerprint(source), "calibrate")
+    save_model(target, model.spec, model.params, tokenizer=model.tokenizer, provenance=provenance)
+    settings = config.calibrate
+    if settings.objective == "ratio" and abs(found.ratio - settings.ratio) > settings.tolerance:
+        print(
+            f"warning: ratio {settings.ratio:.3f} is out of reach; theta {found.theta:.3f} gives {found.ratio:.3f}",
+            file=sys.stderr,
+        )
+    if not quiet:
+        print(f"theta {found.theta:.4f} executes {found.ratio:.4f} of all layers at {model.spec.bits} bits")
+    return target
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Calibrates as configured and prints where the model is."""
+    print(run_stage(parse("calibrate", STAGES["calibrate"], argv)))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""Finding the threshold theta on calibration data, without any training."""

@@ -1,0 +1,100 @@
+"""Calibrating one model: measure on calibration data, search, store theta for the model's bit width."""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+from qtale_jax.artifact import LoadedModel
+from qtale_jax.calibration.threshold import Found, search_quality, search_ratio
+from qtale_jax.config.schema import Config
+from qtale_jax.data.sources import Choice, Record, read
+from qtale_jax.errors import InputError
+from qtale_jax.evaluation.evaluate import choice_rows, layout, likelihood_rows, nats_per_token, score_choices
+from qtale_jax.evaluation.likelihood import likelihoods
+from qtale_jax.inference.policies import inference_policy
+
+
+def calibration_records(config: Config) -> list[Record]:
+    """The first `calibrate.examples` rows of the calibration split.
+
+    Raises:
+        InputError: there are fewer rows than asked for.
+    """
+    records = read(config.data, "calibration")
+    if len(records) < config.calibrate.examples:
+        raise InputError(
+            f"calibrate.examples={config.calibrate.examples}, but the calibration split has only {len(records)} rows"
+        )
+    return records[: config.calibrate.examples]
+
+
+def _digest(records: list[Record]) -> str:
+    text = json.dumps([dataclasses.asdict(record) for record in records], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def search(model: LoadedModel, config: Config, records: list[Record]) -> Found:
+    """Finds theta for a loaded, routed model."""
+    settings, spec = config.calibrate, model.spec
+    params = layout(spec, model.params)
+    rows = likelihood_rows(records, model.tokenizer, config)
+    batch = {"batch_size": config.evaluate.batch_size}
+    if settings.objective == "ratio":
+        return search_ratio(
+            lambda theta: likelihoods(spec, params, rows, inference_policy(spec, theta), **batch).executed_ratio,
+            settings.ratio,
+            settings.tolerance,
+            settings.max_threshold,
+        )
+    choices = [record for record in records if isinstance(record, Choice)]
+    options, owners = choice_rows(choices, model.tokenizer) if choices else (rows, None)
+
+    def quality(theta: float) -> tuple[float, float]:
+        found = likelihoods(spec, params, options, inference_policy(spec, theta), **batch)
+        if owners is None:  # percent of nats against perfect prediction: lower nats, higher quality
+            return -100 * nats_per_token(found)[0], found.executed_ratio
+        return 100 * score_choices(choices, owners, found, config.evaluate.normalize).mean, found.executed_ratio
+
+    return search_quality(quality, settings.within)
+
+
+def calibrate(model: LoadedModel, config: Config) -> tuple[LoadedModel, Found]:
+    """Returns the model with theta for its bit width, and how it was found.
+
+    Raises:
+        InputError: the model is dense, has no tokenizer, or there is too little calibration data.
+    """
+    spec = model.spec
+    if spec.routing is None:
+        raise InputError("calibrate.model has no routers: a dense model has no threshold")
+    if model.tokenizer is None:
+        raise InputError("calibrate.model has no tokenizer")
+    records = calibration_records(config)
+    found, settings, bits = search(model, config, records), config.calibrate, str(spec.bits)
+    note = {
+        "objective": settings.objective,
+        "ratio": settings.ratio if settings.objective == "ratio" else found.ratio,
+        "reached": found.ratio,
+        "theta": found.theta,
+        "examples": len(records),
+        "data": {"kind": config.data.kind, "split": "calibration", "sha256": _digest(records)},
+        "path": [list(point) for point in found.path],
+    }
+    routing = spec.routing.model_copy(
+        update={
+            "thresholds": {**spec.routing.thresholds, bits: (found.theta,) * len(spec.routed_layers)},
+            "calibration": {**spec.routing.calibration, bits: note},
+        }
+    )
+    return dataclasses.replace(model, spec=spec.model_copy(update={"routing": routing})), found
+
+
+def with_lineage(model: LoadedModel, parent: str, fingerprint: str, stage: str) -> dict[str, Any]:
+    """Provenance of a model that a stage made of `parent`."""
+    return {
+        "stage": stage,
+        "parent": {"path": parent, "fingerprint": fingerprint},
+        "seed": model.provenance.get("seed"),
+        **{key: model.provenance[key] for key in ("quantizer", "huggingface") if key in model.provenance},
+    }

@@ -1,0 +1,1 @@
+"""A grid of stages: what has to run, in which order, in which processes."""

@@ -1,0 +1,106 @@
+"""From an experiment's configuration to jobs: train the base, fine-tune every method and seed, then measure each."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qtale_jax.config import resolve
+from qtale_jax.config.loading import base_config, method_config, with_overrides
+from qtale_jax.config.schema import Config, ExperimentConfig, QuantizeConfig
+from qtale_jax.paths import quantizer_name
+
+Stage = Literal["train", "quantize", "calibrate", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage with its configuration; `output` appears when it is done."""
+
+    stage: Stage
+    config: Config
+    output: Path
+    point: str | None = None
+
+    def fingerprint(self) -> str:
+        """Identifies what was asked for: equal fingerprints need not run again."""
+        asked = {name: value for name, value in resolve(self.config).items() if name != "experiment"}
+        text = json.dumps([self.stage, asked, self.point], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Job:
+    """Steps that run one after the other in one process, after the jobs named in `needs`."""
+
+    name: str
+    steps: tuple[Step, ...]
+    needs: tuple[str, ...] = ()
+
+
+def plan(config: Config) -> list[Job]:
+    """The jobs of an experiment, in an order in which they could run one by one."""
+    root, jobs = Path(config.output), []
+    base, base_needs = config.model.path, ()
+    if config.experiment.base is not None:
+        folder = root / "base"
+        base, base_needs = str(folder / "trained"), ("base",)
+        trained = _at(base_config(config), folder)
+        jobs.append(Job("base", (Step("train", trained, folder / "trained"),)))
+    measurements = []
+    for method, overrides in config.experiment.methods.items():
+        for seed in config.experiment.seeds:
+            merged = method_config(config, method, base=base)
+            is_base = merged.routing.method == "dense" and not overrides
+            if is_base and seed != config.experiment.seeds[0]:
+                continue  # the base does not depend on the seed of fine-tuning
+            name = method if is_base else f"{method}-seed{seed}"
+            folder = root / name
+            merged = with_overrides(_at(merged, folder), {"seed": seed})
+            needs, model = base_needs, Path(base) if is_base else folder / "trained"
+            if not is_base:
+                jobs.append(Job(f"train {name}", (Step("train", merged, model),), base_needs))
+                needs = (f"train {name}",)
+            measurements.append(
+                Job(f"measure {name}", tuple(_measure(merged, config.experiment, method, model, folder)), needs)
+            )
+    return jobs + measurements
+
+
+def _at(config: Config, folder: Path) -> Config:
+    return with_overrides(config, {"output": str(folder)})
+
+
+def _measure(config: Config, grid: ExperimentConfig, method: str, model: Path, folder: Path) -> list[Step]:
+    """Quantize at every format; evaluate at the trained threshold and, if routed, at every asked ratio."""
+    steps = []
+    for quantizer in grid.quantizers:
+        name = quantizer_name(quantizer)
+        target = model
+        if quantizer.bits != 16:
+            target = folder / name
+            steps.append(_step(config, "quantize", target, {"quantize": _quantizer(quantizer, model, target)}))
+        label = f"{folder.name}-{name}"
+        steps.append(_evaluation(config, method, target, label))
+        if config.routing.method == "dense":
+            continue
+        for ratio in grid.ratios:
+            calibrated = folder / f"{name}-ratio{ratio:g}"
+            settings = {"model": str(target), "output": str(calibrated), "objective": "ratio", "ratio": ratio}
+            steps.append(_step(config, "calibrate", calibrated, {"calibrate": settings}))
+            steps.append(_evaluation(config, method, calibrated, f"{label}-ratio{ratio:g}"))
+    return steps
+
+
+def _quantizer(quantizer: QuantizeConfig, model: Path, target: Path) -> dict[str, Any]:
+    return {**quantizer.model_dump(), "model": str(model), "output": str(target)}
+
+
+def _evaluation(config: Config, method: str, model: Path, label: str) -> Step:
+    output = Path(config.output).parent / "evaluation" / f"{label}.json"
+    return _step(config, "evaluate", output, {"evaluate": {"model": str(model), "output": str(output), "name": method}})
+
+
+def _step(config: Config, stage: Stage, output: Path, overrides: dict[str, Any]) -> Step:
+    return Step(stage, with_overrides(config, overrides), output)

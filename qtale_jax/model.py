@@ -1,0 +1,203 @@
+"""The public model: what a notebook loads, asks, and saves again."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from qtale_jax.artifact import LoadedModel, load_model, save_model
+from qtale_jax.data.tokens import encode, encode_pairs
+from qtale_jax.errors import InputError
+from qtale_jax.evaluation.likelihood import Row, likelihoods, padded_length
+from qtale_jax.inference.generation import generate
+from qtale_jax.inference.policies import inference_policy
+from qtale_jax.models.decoder import Parameters
+from qtale_jax.models.forward import Output, Routing, forward
+from qtale_jax.models.policy import Policy
+from qtale_jax.models.specification import ModelSpecification
+
+_forward = jax.jit(forward, static_argnames=("spec", "compute_dtype", "remat"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A continuation: its text and tokens, and the executed share of all layers over prompt and new tokens."""
+
+    text: str
+    tokens: list[int]
+    executed_ratio: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Log-likelihood of a continuation in nats, and whether greedy decoding would produce it."""
+
+    log_likelihood: float
+    is_greedy: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRouting:
+    """What the tokens of a text execute: words (length,), execute (length, layers), probability (length, routed)."""
+
+    words: list[str]
+    execute: np.ndarray
+    probability: np.ndarray
+
+    @property
+    def executed_ratio(self) -> float:
+        """Executed share of all tokens and layers."""
+        return float(self.execute.mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A loaded model. Immutable: `with_threshold` gives another one that shares the arrays."""
+
+    spec: ModelSpecification
+    params: Parameters
+    tokenizer: Any
+    provenance: dict[str, Any]
+    compute_dtype: str = "float32"
+
+    def forward(
+        self, tokens: Int[Array, "b t"], lengths: Int[Array, " b"] | None = None, policy: Policy | None = None
+    ) -> Output:
+        """Logits and routing of right-padded token rows under `policy`, by default the model's thresholds."""
+        policy = inference_policy(self.spec) if policy is None else policy
+        return _forward(
+            self.spec.structure,
+            self.params,
+            jnp.asarray(tokens, jnp.int32),
+            lengths=None if lengths is None else jnp.asarray(lengths, jnp.int32),
+            policy=policy,
+            compute_dtype=jnp.dtype(self.compute_dtype),
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[Generation]:
+        """Continues each prompt; greedy at temperature 0, otherwise nucleus sampling.
+
+        Raises:
+            InputError: no tokenizer, max_new_tokens < 1, top_p outside (0, 1], or prompt plus continuation longer than
+                the context.
+        """
+        if not prompts:
+            return []
+        if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+            raise InputError("generate needs max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1")
+        ids = encode(self._tokenizer(), prompts)
+        longest, limit = max(map(len, ids)), self.spec.architecture.max_length
+        if min(map(len, ids)) == 0:
+            raise InputError("generate: an empty prompt needs a tokenizer with a beginning-of-sequence token")
+        if longest + max_new_tokens > limit:
+            raise InputError(
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of {limit}"
+            )
+        tokens = np.zeros((len(ids), padded_length(longest)), np.int32)
+        for row, prompt in enumerate(ids):
+            tokens[row, : len(prompt)] = prompt
+        stop = self.tokenizer.eos_token_id
+        out = jax.device_get(
+            generate(
+                self.spec.structure,
+                self.params,
+                jnp.asarray(tokens),
+                jnp.asarray([len(prompt) for prompt in ids], jnp.int32),
+                inference_policy(self.spec),
+                jax.random.key(seed),
+                jnp.float32(temperature),
+                jnp.float32(top_p),
+                jnp.int32(-1 if stop is None else stop),
+                max_new_tokens=max_new_tokens,
+                compute_dtype=jnp.dtype(self.compute_dtype),
+            )
+        )
+        return [self._generation(out, row, len(prompt)) for row, prompt in enumerate(ids)]
+
+    def _generation(self, out: Any, row: int, prompt_length: int) -> Generation:
+        count = int(out.counts[row])
+        new = out.tokens[row, :count].tolist()
+        # The last token is never run, so it has executed nothing and is not counted.
+        taken = [out.prompt_execute[row, :prompt_length], out.new_execute[row, : max(count - 1, 0)]]
+        ratio = float(np.concatenate(taken).mean())
+        return Generation(self.tokenizer.decode(new, skip_special_tokens=True), new, ratio)
+
+    def score(self, pairs: Sequence[tuple[str, str]], batch_size: int = 16) -> list[Score]:
+        """Scores each (context, continuation).
+
+        Raises:
+            InputError: no tokenizer, or a pair longer than the context.
+        """
+        if not pairs:
+            return []
+        rows = [Row(*tokens) for tokens in encode_pairs(self._tokenizer(), pairs)]
+        longest = max(len(row.ids) for row in rows)
+        if longest > self.spec.architecture.max_length:
+            raise InputError(f"a pair has {longest} tokens, the context is {self.spec.architecture.max_length}")
+        found = likelihoods(
+            self.spec,
+            self.params,
+            rows,
+            inference_policy(self.spec),
+            batch_size=min(batch_size, len(rows)),
+            compute_dtype=jnp.dtype(self.compute_dtype),
+        )
+        return [Score(float(v), bool(g)) for v, g in zip(found.log_likelihood, found.is_greedy, strict=True)]
+
+    def routing(self, text: str) -> TextRouting:
+        """Shows what each token of `text` executes."""
+        ids = encode(self._tokenizer(), [text])[0]
+        routing: Routing = self.forward(jnp.asarray([ids], jnp.int32)).routing
+        words = self.tokenizer.convert_ids_to_tokens(ids)
+        return TextRouting(words, np.asarray(routing.execute[0]), np.asarray(routing.probability[0]))
+
+    def with_threshold(self, theta: float | Sequence[float]) -> "Model":
+        """The same model with one theta for all routed layers, or one per routed layer.
+
+        Raises:
+            InputError: the model is dense, or the number of thetas is not the number of routed layers.
+        """
+        if self.spec.routing is None:
+            raise InputError("a dense model has no threshold")
+        layers = len(self.spec.routed_layers)
+        values = (float(theta),) * layers if isinstance(theta, (int, float)) else tuple(map(float, theta))
+        if len(values) != layers:
+            raise InputError(f"{len(values)} thresholds for {layers} routed layers")
+        thresholds = {**self.spec.routing.thresholds, str(self.spec.bits): values}
+        routing = self.spec.routing.model_copy(update={"thresholds": thresholds})
+        return dataclasses.replace(self, spec=self.spec.model_copy(update={"routing": routing}))
+
+    def save(self, path: str | Path) -> None:
+        """Writes a model directory that `load` reads back.
+
+        Raises:
+            InputError: `path` exists.
+        """
+        save_model(path, self.spec, self.params, tokenizer=self.tokenizer, provenance=self.provenance)
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise InputError("the model directory has no tokenizer")
+        return self.tokenizer
+
+
+def load(path: str | Path, *, compute_dtype: str = "float32") -> Model:
+    """Loads a model directory; `compute_dtype` ("float32" or "bfloat16") is the type of activations.
+
+    Raises:
+        InputError: missing or damaged.
+    """
+    loaded: LoadedModel = load_model(path)
+    return Model(loaded.spec, loaded.params, loaded.tokenizer, loaded.provenance, compute_dtype)

@@ -1,0 +1,213 @@
+"""Reading a Hugging Face Llama checkpoint, tensor by tensor."""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import ml_dtypes
+import numpy as np
+from pydantic import ValidationError
+
+from qtale_jax.artifact import Deferred, load_tokenizer, save_model
+from qtale_jax.artifact.arrays import Flat, flatten, nest
+from qtale_jax.errors import InputError
+from qtale_jax.models.decoder import Parameters, abstract_parameters
+from qtale_jax.models.huggingface.config import architecture_from, read_json
+from qtale_jax.models.huggingface.files import StoredTensor, read_checkpoint, read_file
+from qtale_jax.models.huggingface.names import Tensor, tensors
+from qtale_jax.models.specification import Architecture, ModelSpecification, RoutingSpecification
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROUTERS, ROUTING = "routers.safetensors", "qtale.json"
+"""Files beside an exported model that bring its routers back."""
+
+Storage = Literal["float32", "bfloat16"]
+
+_STORAGE = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a Hugging Face directory holds, as a model of this library; no tensor is read before it is used.
+
+    Attributes:
+        spec: architecture, routing if the directory was exported from a routed model, storage type.
+        params: one tree per layer; leaves are `artifact.Deferred`.
+        tokenizer: the tokenizer in the directory, or None.
+        provenance: with the original config, so that nothing of it is lost on the way back.
+    """
+
+    spec: ModelSpecification
+    params: Parameters
+    tokenizer: "PreTrainedTokenizerBase | None"
+    provenance: dict[str, Any]
+
+
+def from_huggingface(
+    source: str | Path, path: str | Path, *, dtype: Storage | None = None, overwrite: bool = False
+) -> Checkpoint:
+    """Converts a Hugging Face Llama directory into a model directory; see `read_huggingface`."""
+    checkpoint = read_huggingface(source, dtype=dtype)
+    save_model(
+        path,
+        checkpoint.spec,
+        checkpoint.params,
+        tokenizer=checkpoint.tokenizer,
+        provenance=checkpoint.provenance,
+        overwrite=overwrite,
+    )
+    return checkpoint
+
+
+def read_huggingface(source: str | Path, *, dtype: Storage | None = None) -> Checkpoint:
+    """Opens a Llama checkpoint in Hugging Face layout: config.json, safetensors (one file or sharded), tokenizer.
+
+    Args:
+        source: the directory.
+        dtype: storage type of embedding, head and linears. Default: bfloat16 if all of them are bfloat16, else float32,
+            which holds float32, bfloat16 and float16 exactly. Norms and routers are always float32.
+
+    Raises:
+        InputError: not a supported Llama; tensors missing, unexpected or of another shape; damaged files.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        raise InputError(f"{source}: no such directory")
+    config = read_json(source / "config.json")
+    architecture = architecture_from(config, str(source / "config.json"))
+    stored = _without_buffers(read_checkpoint(source))
+    if architecture.tied_head:
+        _drop_tied_head(stored)
+    wanted = tensors(architecture)
+    _check(source, architecture, stored, {tensor.name: tensor.shape for tensor in wanted})
+    storage = dtype or _lossless(stored[tensor.name] for tensor in wanted if len(tensor.shape) == 2)
+    routing, quantization = _read_routing(source)
+    spec = _specification(architecture, routing, storage, source)
+    flat = {tensor.parameter: _defer(tensor, stored[tensor.name], storage) for tensor in wanted}
+    flat |= _read_routers(source, spec)
+    types = _source_types(wanted, stored, flat)
+    original = {"name": source.resolve().name, "config": config, **types, **_generation_config(source)}
+    provenance = {"stage": "convert", "huggingface": original}
+    if quantization:
+        provenance["dequantized_from"] = quantization
+    return Checkpoint(spec, nest(flat), load_tokenizer(source), provenance)
+
+
+def _without_buffers(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Leaves out rotary frequencies, which early Llama checkpoints store although the config defines them."""
+    return {name: tensor for name, tensor in stored.items() if not name.endswith(".rotary_emb.inv_freq")}
+
+
+def _drop_tied_head(stored: dict[str, StoredTensor]) -> None:
+    """Some tied checkpoints store the head too; it may go if it really is the embedding."""
+    head, table = stored.pop("lm_head.weight", None), stored.get("model.embed_tokens.weight")
+    if head is None or table is None:
+        return
+    same = head.dtype == table.dtype and head.shape == table.shape and head.map().tobytes() == table.map().tobytes()
+    if not same:
+        raise InputError(
+            f"{head.file}: lm_head.weight differs from model.embed_tokens.weight, but config.json has "
+            "tie_word_embeddings=true; set it to false if the head is meant to be free"
+        )
+
+
+def _check(
+    source: Path, architecture: Architecture, stored: dict[str, StoredTensor], wanted: dict[str, tuple[int, ...]]
+) -> None:
+    """Every tensor is there, in the shape that config.json implies, and no other."""
+    if missing := [name for name in wanted if name not in stored]:
+        name, free_head = missing[0], missing == ["lm_head.weight"]
+        hint = "; is this a tied model whose config.json lacks tie_word_embeddings=true?" if free_head else ""
+        raise InputError(
+            f"{source}: tensor {name} is missing ({len(missing)} in all), expected shape {wanted[name]}{hint}"
+        )
+    if extra := [name for name in stored if name not in wanted]:
+        first = stored[extra[0]]
+        raise InputError(
+            f"{first.file}: unexpected tensor {extra[0]} of shape {first.shape} ({len(extra)} in all); a Llama of "
+            f"{architecture.num_layers} layers as config.json describes it does not have it"
+        )
+    for name, shape in wanted.items():
+        if stored[name].shape != shape:
+            raise InputError(
+                f"{stored[name].file}: tensor {name} has shape {stored[name].shape}, config.json implies {shape}"
+            )
+
+
+def _lossless(stored) -> Storage:
+    return "bfloat16" if all(tensor.dtype == _STORAGE["bfloat16"] for tensor in stored) else "float32"
+
+
+def _defer(tensor: Tensor, stored: StoredTensor, storage: Storage) -> Deferred:
+    dtype = _STORAGE[storage if len(tensor.shape) == 2 else "float32"]
+    shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
+    return Deferred(shape, dtype, partial(_read, stored, dtype, tensor.transposed))
+
+
+def _read(stored: StoredTensor, dtype: np.dtype, transposed: bool) -> np.ndarray:
+    view = stored.map()
+    return np.array(view.T if transposed else view, dtype=dtype, order="C")
+
+
+def _source_types(wanted: list[Tensor], stored: dict[str, StoredTensor], flat: Flat) -> dict[str, Any]:
+    """Types in the source, for the way back: the common one, exceptions, and None where storing it rounded."""
+    found = {}
+    for tensor in wanted:
+        here, there = stored[tensor.name].dtype, flat[tensor.parameter].dtype
+        found[tensor.name] = here.name if np.promote_types(here, there) == there else None
+    common = Counter(found.values()).most_common(1)[0][0]
+    return {"dtype": common, "dtypes": {name: dtype for name, dtype in found.items() if dtype != common}}
+
+
+def _generation_config(source: Path) -> dict[str, Any]:
+    file = source / "generation_config.json"
+    return {"generation_config": read_json(file)} if file.is_file() else {}
+
+
+def _read_routing(source: Path) -> tuple[RoutingSpecification | None, dict[str, Any] | None]:
+    file = source / ROUTING
+    if not file.is_file():
+        return None, None
+    document = read_json(file)
+    try:
+        return RoutingSpecification.model_validate(document["routing"]), document.get("quantization")
+    except KeyError as error:
+        raise InputError(f"{file}: key {error} is missing") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("routing", *first["loc"])))
+        raise InputError(f"{file}: {key}: {first['msg']}, found {first['input']!r:.80}") from error
+
+
+def _specification(
+    architecture: Architecture, routing: RoutingSpecification | None, storage: Storage, source: Path
+) -> ModelSpecification:
+    try:
+        spec = ModelSpecification(architecture=architecture, routing=routing, dtype=storage)
+    except ValidationError as error:
+        raise InputError(f"{source / ROUTING}: {error.errors()[0]['msg']}") from error
+    for bits, thresholds in (routing.thresholds if routing else {}).items():
+        if len(thresholds) != len(spec.routed_layers):
+            raise InputError(
+                f"{source / ROUTING}: routing.thresholds[{bits!r}] has {len(thresholds)} values, "
+                f"expected one for each of {len(spec.routed_layers)} routed layers"
+            )
+    return spec
+
+
+def _read_routers(source: Path, spec: ModelSpecification) -> Flat:
+    if spec.routing is None:
+        return {}
+    file = source / ROUTERS
+    stored = read_file(file)
+    abstract = flatten(abstract_parameters(spec))
+    wanted = {path.replace("/", "."): (path, leaf) for path, leaf in abstract.items() if "/router/" in path}
+    _check(source, spec.architecture, stored, {name: leaf.shape for name, (_, leaf) in wanted.items()})
+    return {
+        path: Deferred(leaf.shape, leaf.dtype, partial(_read, stored[name], leaf.dtype, False))
+        for name, (path, leaf) in wanted.items()
+    }

@@ -1,0 +1,107 @@
+"""Makes the golden files: random tiny Llamas in Hugging Face layout, and what `LlamaForCausalLM` computes with them.
+
+    pip install torch==2.13.0 transformers==5.23.0 safetensors numpy
+    python tests/models/golden/generate.py
+
+Each model is a directory as `save_pretrained` writes it, and `expected.npz` beside its files: tokens (2, T) int32, logits
+(2, T, vocab) float32, and greedy (2, 32) int32, the continuation of the first 8 tokens of each row. All is computed in
+float32 on one thread, whatever the type in which the weights are stored. A seed is used whose greedy decisions are clear.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+HERE = Path(__file__).parent
+
+COMMON = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "rms_norm_eps": 1e-5}
+
+# Head width 16 and base 100 give wavelengths of 6 to 350 tokens; with an original context of 32 some are kept, some
+# interpolated and some divided.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+MODELS = {
+    "llama2": {"num_hidden_layers": 2, "max_position_embeddings": 64},
+    "llama3_1": {
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "rope_parameters": LLAMA3_ROPE,
+    },
+    "grouped": {"num_hidden_layers": 3, "num_key_value_heads": 1, "head_dim": 12, "max_position_embeddings": 64},
+    "tied": {
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    },
+}
+STORED_AS = {"grouped": torch.float16, "tied": torch.bfloat16}
+SHARDED = {"tied": "12KB"}
+LENGTHS = {"llama3_1": 96}
+
+
+def random_model(name: str, seed: int) -> LlamaForCausalLM:
+    """Weights large enough that attention attends to something and norms are not all ones."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**COMMON, **MODELS[name], attn_implementation="eager")).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0.0, 1.5 / parameter.shape[1] ** 0.5)
+    stored = STORED_AS.get(name, torch.float32)
+    return model.to(stored)
+
+
+@torch.no_grad()
+def greedy(model: LlamaForCausalLM, prompts: torch.Tensor, count: int) -> tuple[torch.Tensor, float]:
+    """New tokens, and the smallest lead of a winner over the second."""
+    tokens, lead = prompts, float("inf")
+    for _ in range(count):
+        best = model(tokens, use_cache=False).logits[:, -1].topk(2)
+        lead = min(lead, float((best.values[:, 0] - best.values[:, 1]).min()))
+        tokens = torch.cat([tokens, best.indices[:, :1]], dim=1)
+    return tokens[:, prompts.shape[1] :], lead
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for name in MODELS:
+        for seed in range(100):
+            model = random_model(name, seed)
+            wide = random_model(name, seed).float()
+            tokens = torch.randint(0, COMMON["vocab_size"], (2, LENGTHS.get(name, 48)))
+            continuation, lead = greedy(wide, tokens[:, :8], 32)
+            if lead > 0.01:
+                break
+        directory = HERE / name
+        shutil.rmtree(directory, ignore_errors=True)
+        model.save_pretrained(directory, max_shard_size=SHARDED.get(name, "5GB"))
+        for file in directory.iterdir():
+            file.chmod(0o644)  # safetensors files are private when new
+        with torch.no_grad():
+            logits = wide(tokens, use_cache=False).logits
+        np.savez_compressed(
+            directory / "expected.npz",
+            tokens=tokens.numpy().astype(np.int32),
+            logits=logits.numpy(),
+            greedy=continuation.numpy().astype(np.int32),
+        )
+        print(f"{name}: seed {seed}, smallest lead {lead:.3f}, logits up to {logits.abs().max():.1f}")
+
+
+if __name__ == "__main__":
+    main()
