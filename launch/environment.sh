@@ -75,7 +75,7 @@ prepare_environment() {
     else
         step "installing qtale-jax${extras:+[$extras]} into $1 with pip (first time: about a gigabyte, some minutes)"
         "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip --upgrade >/dev/null
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check \
+        "$PYTHON" -m pip install -qq --disable-pip-version-check \
             --constraint "$REPOSITORY/constraints.txt" --editable "$project"
     fi
     describe_environment "$extras" >"$stamp"

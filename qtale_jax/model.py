@@ -143,9 +143,8 @@ class Model:
         if not pairs:
             return []
         rows = [Row(*tokens) for tokens in encode_pairs(self._tokenizer(), pairs)]
-        longest = max(len(row.ids) for row in rows)
-        if longest > self.spec.architecture.max_length:
-            raise InputError(f"a pair has {longest} tokens, the context is {self.spec.architecture.max_length}")
+        if any(row.start >= len(row.ids) for row in rows):
+            raise InputError("score: a pair needs a token to score and one before it; a context or continuation is empty")
         found = likelihoods(
             self.spec,
             self.params,

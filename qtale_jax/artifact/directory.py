@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from qtale_jax.artifact.arrays import Flat, check_files, file_sizes, flatten, nest, read_arrays, write_arrays
+from qtale_jax.artifact.arrays import Flat, flatten, nest, read_arrays, write_arrays
 from qtale_jax.artifact.atomic import new_directory
 from qtale_jax.artifact.document import ModelDocument, read_model_json, versions
+from qtale_jax.artifact.integrity import check_contents, check_files, record_files
 from qtale_jax.artifact.tokenizer import check_tokenizer, load_tokenizer, save_tokenizer
 from qtale_jax.models.decoder import Parameters, abstract_parameters
 from qtale_jax.models.specification import ModelSpecification
@@ -63,7 +64,7 @@ def save_model(
         if jax.process_index() == 0:
             if tokenizer is not None:
                 save_tokenizer(tokenizer, directory)
-            files = file_sizes(directory / "arrays")
+            files = record_files(directory / "arrays")
             ModelDocument(spec, dict(provenance or {}), versions(), files).write(directory)
 
 
@@ -89,6 +90,7 @@ def load_model(path: str | Path, *, shardings: Parameters | Sharding | None = No
     path = Path(path)
     document = read_model_json(path)
     check_files(path / "arrays", document.files)
+    check_contents(path / "arrays", document.files)
     abstract = flatten(abstract_parameters(document.spec))
     if shardings is None:
         shardings = SingleDeviceSharding(jax.local_devices()[0])

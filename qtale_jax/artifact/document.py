@@ -1,7 +1,7 @@
 """model.json: everything about a model except its arrays."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 import qtale_jax
+from qtale_jax.artifact.integrity import FileRecord
 from qtale_jax.errors import InputError
 from qtale_jax.models.specification import ModelSpecification
 
@@ -24,13 +25,13 @@ class ModelDocument:
         spec: the static half of the model.
         provenance: where the model comes from: stage, parent, configuration, seeds.
         versions: versions of the packages that wrote it.
-        files: bytes of every file below arrays/.
+        files: size and checksum of every file below arrays/.
     """
 
     spec: ModelSpecification
     provenance: dict[str, Any]
     versions: dict[str, str] = field(default_factory=dict)
-    files: dict[str, int] = field(default_factory=dict)
+    files: dict[str, FileRecord] = field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
         """Writes model.json into `directory`."""
@@ -39,7 +40,7 @@ class ModelDocument:
             "versions": self.versions,
             "specification": self.spec.model_dump(mode="json"),
             "provenance": self.provenance,
-            "files": self.files,
+            "files": {name: asdict(record) for name, record in self.files.items()},
         }
         text = json.dumps(document, indent=1, ensure_ascii=False)
         (directory / "model.json").write_text(text + "\n", encoding="utf-8")
@@ -73,7 +74,7 @@ def read_model_json(path: str | Path) -> ModelDocument:
             ModelSpecification.model_validate(document["specification"]),
             dict(document["provenance"]),
             dict(document["versions"]),
-            {str(name): int(size) for name, size in document["files"].items()},
+            {name: FileRecord(int(entry["bytes"]), int(entry["crc32"])) for name, entry in document["files"].items()},
         )
     except ValidationError as error:
         first = error.errors()[0]

@@ -3,7 +3,10 @@
 import dataclasses
 import hashlib
 import json
+import math
 from typing import Any
+
+import jax.numpy as jnp
 
 from qtale_jax.artifact import LoadedModel
 from qtale_jax.calibration.threshold import Found, search_quality, search_ratio
@@ -39,7 +42,7 @@ def search(model: LoadedModel, config: Config, records: list[Record]) -> Found:
     settings, spec = config.calibrate, model.spec
     params = layout(spec, model.params)
     rows = likelihood_rows(records, model.tokenizer, config)
-    batch = {"batch_size": config.evaluate.batch_size}
+    batch = {"batch_size": config.evaluate.batch_size, "compute_dtype": jnp.dtype(config.train.compute_dtype)}
     if settings.objective == "ratio":
         return search_ratio(
             lambda theta: likelihoods(spec, params, rows, inference_policy(spec, theta), **batch).executed_ratio,
@@ -52,8 +55,8 @@ def search(model: LoadedModel, config: Config, records: list[Record]) -> Found:
 
     def quality(theta: float) -> tuple[float, float]:
         found = likelihoods(spec, params, options, inference_policy(spec, theta), **batch)
-        if owners is None:  # percent of nats against perfect prediction: lower nats, higher quality
-            return -100 * nats_per_token(found)[0], found.executed_ratio
+        if owners is None:  # a difference of this logarithm is a difference in percent of nats
+            return -100 * math.log(nats_per_token(found)[0]), found.executed_ratio
         return 100 * score_choices(choices, owners, found, config.evaluate.normalize).mean, found.executed_ratio
 
     return search_quality(quality, settings.within)

@@ -1,7 +1,7 @@
 """Search for one global theta: to an executed ratio by bisection, or to the smallest ratio near the best quality.
 
-QTALE lowers theta after quantization with a small grid search. Bisection on the executed ratio of calibration data lands
-nearer to the asked ratio with as few passes. Everything is measured on the model as it will run, quantized or not.
+QTALE lowers theta after quantization with a small grid search. Bisection on the executed ratio of calibration data
+lands nearer to the asked ratio with as few passes. Everything is measured on the model as it will run.
 """
 
 from collections.abc import Callable

@@ -102,8 +102,8 @@ def _reasoning(config: DataConfig, split: str) -> list[Record]:
 
 def _cut(config: DataConfig, split: str) -> list[Record]:
     if split in ("validation", "test") and config.evaluation_path is not None:
-        return _read_file(Path(config.evaluation_path), config)
-    records = _read_file(Path(config.path or ""), config)
+        return _read_file("data.evaluation_path", Path(config.evaluation_path), config)
+    records = _read_file("data.path", Path(config.path or ""), config)
     held_out = 0 if config.evaluation_path is not None else round(len(records) * config.held_out)
     before = max(1, held_out or round(len(records) * config.held_out))
     tail = len(records) - held_out
@@ -117,13 +117,13 @@ def _cut(config: DataConfig, split: str) -> list[Record]:
     return records[start:end]
 
 
-def _read_file(path: Path, config: DataConfig) -> list[Record]:
+def _read_file(key: str, path: Path, config: DataConfig) -> list[Record]:
     if not path.exists():
-        raise InputError(f"data.path={path}: no such file")
+        raise InputError(f"{key}={path}: no such file")
     if path.is_dir():
-        raise InputError(f"data.path={path} is a folder; data.kind={config.kind!r} reads a file")
+        raise InputError(f"{key}={path} is a folder; data.kind={config.kind!r} reads a file")
     if config.kind == "text":
-        parts = (part.strip() for part in path.read_text(encoding="utf-8").split(config.separator))
+        parts = (part.strip() for part in _content(path).split(config.separator))
         records: list[Record] = [Document(part) for part in parts if part]
     else:
         parse = _choice if config.kind == "multiple_choice" else _instruction
@@ -133,9 +133,16 @@ def _read_file(path: Path, config: DataConfig) -> list[Record]:
     return records
 
 
+def _content(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
 def rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (where, object) of a JSON array or a JSON-lines file; `where` names file and line or index."""
-    text = path.read_text(encoding="utf-8")
+    text = _content(path)
     if text.lstrip().startswith("["):
         try:
             array = json.loads(text)
@@ -143,7 +150,8 @@ def rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise InputError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
         numbered = ((f"{path}, row {index + 1}", row) for index, row in enumerate(array))
     else:
-        lines = ((f"{path}, line {n}", line) for n, line in enumerate(text.splitlines(), 1) if line.strip())
+        # Not `splitlines`: JSON texts may hold U+2028 and other characters that it takes for ends of lines.
+        lines = ((f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
         numbered = ((where, _json_line(where, line)) for where, line in lines)
     for where, row in numbered:
         if not isinstance(row, dict):
@@ -169,7 +177,7 @@ def _choice(row: dict[str, Any], where: str, task: str) -> Choice:
     query, choices, gold = _text(row, "query", where), row.get("choices"), row.get("gold")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
         raise InputError(f"{where}: 'choices' has to be a list of two or more texts, found {choices!r}")
-    if not isinstance(gold, int) or not 0 <= gold < len(choices):
+    if type(gold) is not int or not 0 <= gold < len(choices):
         raise InputError(f"{where}: 'gold' has to be an index from 0 to {len(choices) - 1}, found {gold!r}")
     return Choice(str(row.get("task", task)), query, tuple(choices), gold)
 
@@ -190,12 +198,29 @@ def _instruction(row: dict[str, Any], where: str, _task: str, prompts: dict[str,
         return Instruction(template.format_map(fields), str(response))
     except KeyError as error:
         raise InputError(f"{where}: the prompt template asks for {error}, the row has {sorted(row)}") from error
+    except (ValueError, IndexError) as error:
+        raise InputError(f"{where}: prompt.json: the prompt template cannot be filled in: {error}") from error
+
+
+def _prompts(file: Path) -> dict[str, str]:
+    """The templates of a prompt.json; none if it is not there."""
+    if not file.exists():
+        return {}
+    try:
+        prompts = json.loads(_content(file))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file}, line {error.lineno}: not valid JSON: {error.msg}") from error
+    if not isinstance(prompts, dict):
+        raise InputError(f"{file}: expected an object, found {type(prompts).__name__}")
+    for key in ("prompt", "prompt_with_input", "prompt_wo_input"):
+        if not isinstance(prompts.get(key, ""), str):
+            raise InputError(f"{file}: {key!r} has to be text, found {prompts[key]!r}")
+    return prompts
 
 
 def _instruction_folder(folder: Path, config: DataConfig, split: str) -> list[Record]:
     """D-LLM's layout: train.json, test.json and prompt.json; calibration is the end of train.json."""
-    prompt_file = folder / "prompt.json"
-    prompts = json.loads(prompt_file.read_text()) if prompt_file.exists() else {}
+    prompts = _prompts(folder / "prompt.json")
     file = folder / ("train.json" if split in ("train", "calibration") else "test.json")
     if not file.exists():
         raise InputError(f"data.path={folder}: {file.name} is missing (expected train.json, test.json, prompt.json)")

@@ -49,12 +49,15 @@ def score_choices(examples: Sequence[Choice], owners: np.ndarray, found: Likelih
     return Accuracy(tasks, float(np.mean(list(tasks.values()))), math.sqrt(sum(variances)) / len(tasks))
 
 
-def nats_per_token(found: Likelihoods) -> tuple[float, float]:
-    """Mean negative log-likelihood per token and its standard error, rows being the independent units."""
+def nats_per_token(found: Likelihoods) -> tuple[float, float | None]:
+    """Mean negative log-likelihood per token and its standard error, rows being the independent units.
+
+    One row has no standard error.
+    """
     nats, tokens = -found.log_likelihood, found.tokens
     mean = float(nats.sum() / tokens.sum())
     if len(nats) < 2:
-        return mean, float("nan")
+        return mean, None
     residual = nats - mean * tokens
     return mean, float(np.sqrt(len(nats) / (len(nats) - 1) * np.sum(residual**2)) / tokens.sum())
 
@@ -155,7 +158,8 @@ def evaluate(
     spec, tokenizer = model.spec, model.tokenizer
     params, policy = layout(spec, model.params), inference_policy(spec, theta)
     records = per_task(read(config.data, config.evaluate.split), config.evaluate.max_examples)
-    settings = {"batch_size": config.evaluate.batch_size, "progress": progress}
+    dtype = jnp.dtype(config.train.compute_dtype)
+    settings = {"batch_size": config.evaluate.batch_size, "compute_dtype": dtype, "progress": progress}
     gold_rows = likelihood_rows(records, tokenizer, config)
     gold = likelihoods(spec, params, gold_rows, policy, **settings) if _needs_nats(records, config) else None
     nats, error = nats_per_token(gold) if gold else (None, None)
@@ -171,7 +175,6 @@ def evaluate(
     format = spec.quantization.formats[next(iter(spec.quantization.formats))] if spec.quantization else None
     thetas = spec.thresholds if theta is None else (theta,)
     routing = spec.routing.method if spec.routing else "dense"
-    tasks = [record.task if isinstance(record, Choice) else config.data.kind for record in records]
     sizes = weight_bytes(model.params)
     return {
         "row": {
@@ -193,7 +196,7 @@ def evaluate(
         "bytes": {part: size for part, size in sizes.items() if part != "total"},
         "executed_per_layer": costs["executed_per_layer"],
         **routing_summary(counted.counted),
-        "maps": execution_maps(spec, params, *_examples(gold_rows, tasks, config.evaluate.maps), policy, tokenizer),
+        "maps": execution_maps(spec, params, *_examples(records, tokenizer, config), policy, tokenizer),
     }
 
 
@@ -201,11 +204,13 @@ def _needs_nats(records: Sequence[Record], config: Config) -> bool:
     return config.evaluate.perplexity or not isinstance(records[0], Choice)
 
 
-def _examples(rows: Sequence[Row], tasks: Sequence[str], count: int) -> tuple[list[Row], list[str]]:
-    """The first row of each of the first `count` tasks, or the first rows of a single task."""
-    firsts = list({task: index for index, task in reversed(list(enumerate(tasks[: len(rows)])))}.values())
-    chosen = sorted(firsts)[:count] if len(firsts) > 1 else range(min(count, len(rows)))
-    return [Row(rows[i].ids[:48], 1) for i in chosen], [tasks[i] for i in chosen]
+def _examples(records: Sequence[Record], tokenizer: Any, config: Config) -> tuple[list[Row], list[str]]:
+    """The first record of each of the first `evaluate.maps` tasks, or the first records of a single task."""
+    count = config.evaluate.maps
+    firsts = per_task(records, 1)
+    chosen = (firsts if len(firsts) > 1 else list(records))[:count]
+    rows = [Row(tokens.ids[:48], 1) for tokens in tokenize(chosen, tokenizer, "all")] if chosen else []
+    return rows, [record.task if isinstance(record, Choice) else config.data.kind for record in chosen]
 
 
 def default_point(spec: ModelSpecification, theta: float | None) -> str:

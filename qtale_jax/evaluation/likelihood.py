@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from qtale_jax.errors import InputError
 from qtale_jax.models.decoder import Parameters
 from qtale_jax.models.forward import forward
 from qtale_jax.models.policy import Policy, gap
@@ -148,10 +149,14 @@ def likelihoods(
     """Scores rows of any length in any order; results come back in the order of `rows`.
 
     Raises:
+        InputError: a row is longer than the context.
         ValueError: no rows, or a row without a token to score.
     """
     if not rows or any(not 0 < row.start < len(row.ids) for row in rows):
         raise ValueError("every row needs at least one token before and one from `start` on")
+    longest, limit = max(len(row.ids) for row in rows), spec.architecture.max_length
+    if longest > limit:
+        raise InputError(f"an example has {longest} tokens, more than the model's context of {limit}")
     results, total = [], None
     for indices, tokens, lengths, starts in batches(rows, batch_size):
         value, greedy, counted = batch_likelihood(

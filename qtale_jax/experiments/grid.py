@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from qtale_jax.artifact.document import read_model_json
 from qtale_jax.config import resolve
 from qtale_jax.config.loading import base_config, method_config, with_overrides
 from qtale_jax.config.schema import Config, ExperimentConfig, QuantizeConfig
+from qtale_jax.errors import InputError
 from qtale_jax.paths import quantizer_name
 
 Stage = Literal["train", "quantize", "calibrate", "evaluate"]
@@ -16,17 +18,17 @@ Stage = Literal["train", "quantize", "calibrate", "evaluate"]
 
 @dataclass(frozen=True)
 class Step:
-    """One stage with its configuration; `output` appears when it is done."""
+    """One stage with its configuration; `output` appears when it is done, `parent` tells what it starts from."""
 
     stage: Stage
     config: Config
     output: Path
-    point: str | None = None
+    parent: str = ""
 
     def fingerprint(self) -> str:
         """Identifies what was asked for: equal fingerprints need not run again."""
         asked = {name: value for name, value in resolve(self.config).items() if name != "experiment"}
-        text = json.dumps([self.stage, asked, self.point], sort_keys=True)
+        text = json.dumps([self.stage, asked, self.parent], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -40,15 +42,18 @@ class Job:
 
 
 def plan(config: Config) -> list[Job]:
-    """The jobs of an experiment, in an order in which they could run one by one."""
-    root, jobs = Path(config.output), []
-    base, base_needs = config.model.path, ()
-    if config.experiment.base is not None:
-        folder = root / "base"
-        base, base_needs = str(folder / "trained"), ("base",)
-        trained = _at(base_config(config), folder)
-        jobs.append(Job("base", (Step("train", trained, folder / "trained"),)))
-    measurements = []
+    """The jobs of an experiment, in an order in which they could run one by one.
+
+    Raises:
+        InputError: there is nothing to start from, or an override is wrong.
+    """
+    root, jobs, measurements = Path(config.output), [], []
+    if config.experiment.base is None:
+        base, base_needs, base_parent = str(config.model.path), (), _document(config.model.path)
+    else:
+        step = Step("train", _at(base_config(config), root / "base"), root / "base" / "trained")
+        base, base_needs, base_parent = str(step.output), ("base",), step.fingerprint()
+        jobs.append(Job("base", (step,)))
     for method, overrides in config.experiment.methods.items():
         for seed in config.experiment.seeds:
             merged = method_config(config, method, base=base)
@@ -56,25 +61,32 @@ def plan(config: Config) -> list[Job]:
             if is_base and seed != config.experiment.seeds[0]:
                 continue  # the base does not depend on the seed of fine-tuning
             name = method if is_base else f"{method}-seed{seed}"
-            folder = root / name
-            merged = with_overrides(_at(merged, folder), {"seed": seed})
-            needs, model = base_needs, Path(base) if is_base else folder / "trained"
+            merged = with_overrides(_at(merged, root / name), {"seed": seed})
+            needs, parent, model = base_needs, base_parent, Path(base)
             if not is_base:
-                jobs.append(Job(f"train {name}", (Step("train", merged, model),), base_needs))
-                needs = (f"train {name}",)
-            measurements.append(
-                Job(f"measure {name}", tuple(_measure(merged, config.experiment, method, model, folder)), needs)
-            )
+                step = Step("train", merged, root / name / "trained", parent)
+                jobs.append(Job(f"train {name}", (step,), base_needs))
+                needs, parent, model = (f"train {name}",), step.fingerprint(), step.output
+            steps = _measure(merged, config.experiment, method, model)
+            measurements.append(Job(f"measure {name}", tuple(replace(s, parent=parent) for s in steps), needs))
     return jobs + measurements
+
+
+def _document(path: str | None) -> str:
+    """Identifies a model directory that no job makes, by its model.json."""
+    if path is None:
+        raise InputError("the experiment has nothing to start from: give model.path or experiment.base")
+    read_model_json(path)
+    return hashlib.sha256((Path(path) / "model.json").read_bytes()).hexdigest()
 
 
 def _at(config: Config, folder: Path) -> Config:
     return with_overrides(config, {"output": str(folder)})
 
 
-def _measure(config: Config, grid: ExperimentConfig, method: str, model: Path, folder: Path) -> list[Step]:
+def _measure(config: Config, grid: ExperimentConfig, method: str, model: Path) -> list[Step]:
     """Quantize at every format; evaluate at the trained threshold and, if routed, at every asked ratio."""
-    steps = []
+    steps, folder = [], Path(config.output)
     for quantizer in grid.quantizers:
         name = quantizer_name(quantizer)
         target = model

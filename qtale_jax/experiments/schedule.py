@@ -42,7 +42,7 @@ def run_step(step: Step) -> None:
     if step.stage == "train":
         train(step.config)
     elif step.stage == "evaluate":
-        evaluate.run_stage(step.config, point=step.point, quiet=True)
+        evaluate.run_stage(step.config, quiet=True)
     else:
         stages[step.stage](step.config, quiet=True)
     stamp(step).write_text(step.fingerprint())
@@ -67,7 +67,7 @@ def write_job(job: Job, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{job.name.replace(' ', '-')}.yaml"
     steps = [
-        {"stage": s.stage, "output": str(s.output), "point": s.point, "config": resolve(s.config)} for s in job.steps
+        {"stage": s.stage, "output": str(s.output), "parent": s.parent, "config": resolve(s.config)} for s in job.steps
     ]
     file.write_text(yaml.safe_dump(steps, sort_keys=False))
     return file
@@ -76,7 +76,7 @@ def write_job(job: Job, folder: Path) -> Path:
 def read_job(file: Path) -> list[Step]:
     """The steps of a job file."""
     return [
-        Step(entry["stage"], Config.model_validate(entry["config"]), Path(entry["output"]), entry["point"])
+        Step(entry["stage"], Config.model_validate(entry["config"]), Path(entry["output"]), entry["parent"])
         for entry in yaml.safe_load(file.read_text())
     ]
 

@@ -67,8 +67,8 @@ def _merge(module: nnx.Module, params: Parameters) -> nnx.Module:
 def embed(
     spec: ModelSpecification, params: Parameters, tokens: Int[Array, "b t"], dtype: jnp.dtype
 ) -> Float[Array, "b t d"]:
-    """Looks tokens up in the embedding table."""
-    hidden = _merge(skeleton(spec).embedding, params["embedding"])(tokens).astype(dtype)
+    """Looks tokens up in the embedding table; padding ids (negative) read row 0, as beyond the table there is NaN."""
+    hidden = _merge(skeleton(spec).embedding, params["embedding"])(jnp.maximum(tokens, 0)).astype(dtype)
     return constrain(hidden, "batch", "length", "activation_embed")
 
 
@@ -248,12 +248,12 @@ def forward(
         limit = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32) if lengths is None else lengths
         segment_ids = (index < limit[:, None]).astype(jnp.int32)
     positions = positions_of(segment_ids)
-    valid = segment_ids > 0
+    present = (segment_ids > 0) & (tokens >= 0)
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     earlier = index[None, :, None] >= index[None, None, :]
-    causal = (segment_ids[:, :, None] == segment_ids[:, None, :]) & valid[:, :, None] & earlier
+    causal = (segment_ids[:, :, None] == segment_ids[:, None, :]) & present[:, None, :] & earlier
     own = jnp.broadcast_to(index[None, :, None] == index[None, None, :], causal.shape)
-    context = Context(rotary_tables(spec.architecture, positions), causal, own, valid & (tokens >= 0))
+    context = Context(rotary_tables(spec.architecture, positions), causal, own, present)
     always_on_tokens = spec.routing.always_on_tokens if spec.routing else 0
     hidden = embed(spec, params, tokens, jnp.dtype(compute_dtype))
     hidden, routing, gates, _ = run_layers(

@@ -30,9 +30,10 @@ class LayerReport:
 @functools.partial(jax.jit, static_argnames=("format",))
 def _round(kernel: jax.Array, format: TensorFormat) -> tuple[dict[str, jax.Array], jax.Array]:
     """Stored arrays of a kernel and the relative error ||W - W'|| / ||W||."""
+    inputs, outputs = kernel.shape
     stored = store(kernel, format)
     wide = kernel.astype(jnp.float32)
-    error = jnp.linalg.norm(wide - unstore(stored, kernel.shape, format))
+    error = jnp.linalg.norm(wide - unstore(stored, (inputs, outputs), format))
     return stored, error / jnp.maximum(jnp.linalg.norm(wide), 1e-30)
 
 

@@ -1,5 +1,6 @@
 """What makes two runs the same run: the configuration that matters, and the model it started from."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -17,6 +18,9 @@ def run_identity(config: Config) -> dict:
     resolved = resolve(config)
     identity = {name: resolved[name] for name in SECTIONS}
     identity["train"] = {key: value for key, value in identity["train"].items() if key not in FREE}
+    if config.model.path is not None:  # the document lists every array file; hashing 13 GB of them would take minutes
+        document = Path(config.model.path) / "model.json"
+        identity["parent"] = hashlib.sha256(document.read_bytes()).hexdigest()
     return identity
 
 

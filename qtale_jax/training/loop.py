@@ -113,6 +113,7 @@ def train(config: Config, *, quiet: bool = False) -> Path:
     mesh = build_mesh(config.mesh)
     check(config, mesh)
     key = jax.random.key(config.seed)
+    peak_flops()  # measured once, on one device, before the mesh claims them all
     with jax.set_mesh(mesh):
         start = prepare(config, mesh, jax.random.fold_in(key, 1))
         steps = total_steps(config, start)
@@ -126,8 +127,10 @@ def train(config: Config, *, quiet: bool = False) -> Path:
         if checkpoints.latest is not None:
             state, position = checkpoints.restore(checkpoints.latest, state)
             pipeline.set_state(position)
-        state = run(config, start, mesh, steps, state, pipeline, optimizer, checkpoints, key, quiet)
-        checkpoints.close()
+        try:
+            state = run(config, start, mesh, steps, state, pipeline, optimizer, checkpoints, key, quiet)
+        finally:  # however the run ends, a checkpoint that is being written is finished
+            checkpoints.close()
         write_model(config, start, state, steps)
     return output / "trained"
 
@@ -148,7 +151,7 @@ def run(config, start, mesh, steps, state, pipeline, optimizer, checkpoints, key
     flops, peak = training_flops_per_token(spec, config.data.length), peak_flops()
     stop = threading.Event()
     previous = _on_sigterm(stop)
-    validation, done, tokens = None, int(state.step), 0
+    done, tokens = int(state.step), 0
     clock, since = time.perf_counter(), done
     route_key = jax.random.fold_in(key, 2)
     try:
@@ -158,9 +161,10 @@ def run(config, start, mesh, steps, state, pipeline, optimizer, checkpoints, key
                 state, metrics = step_function(state, start.frozen, teacher, sharded_batch(mesh, batch), route_key)
                 done += 1
                 tokens += int(np.count_nonzero(batch["segment_ids"])) * jax.process_count()
-                last = done == steps
+                last, validation = done == steps, None
+                evaluating = last or (settings.evaluate_every and done % settings.evaluate_every == 0)
                 log.advance(done, f"{(done - since) / (time.perf_counter() - clock):.1f} steps/s")
-                if done % settings.log_every == 0 or last:
+                if done % settings.log_every == 0 or evaluating:
                     row = flat_numbers(metrics)
                     _refuse_non_finite(int(state.bad_step))
                     elapsed = time.perf_counter() - clock
@@ -170,7 +174,7 @@ def run(config, start, mesh, steps, state, pipeline, optimizer, checkpoints, key
                         "model_flop_utilization": flops * tokens / elapsed / peak,
                         "memory_bytes": memory_bytes(),
                     }
-                    if last or (settings.evaluate_every and done % settings.evaluate_every == 0):
+                    if evaluating:
                         validation = row["validation"] = validate(state.trainable, start.frozen)
                     log.write(done, row)
                     clock, since, tokens = time.perf_counter(), done, 0
@@ -178,7 +182,6 @@ def run(config, start, mesh, steps, state, pipeline, optimizer, checkpoints, key
                     _refuse_non_finite(int(state.bad_step))
                     checkpoints.save(done, state, pipeline.get_state(), validation)
                 if stop.is_set() and not last:
-                    checkpoints.close()
                     raise Interrupted(f"SIGTERM: saved after step {done} of {steps}; the same command continues")
     finally:
         signal.signal(signal.SIGTERM, previous) if previous is not None else None

@@ -6,14 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 from jax.sharding import Mesh
 
-from qtale_jax.artifact import load_model
+from qtale_jax.artifact import load_model, read_model_json
 from qtale_jax.config.schema import ArchitectureConfig, Config
 from qtale_jax.data.tokens import load_tokenizer
 from qtale_jax.errors import InputError
 from qtale_jax.models.adapt import adapt
 from qtale_jax.models.decoder import Parameters, abstract_parameters, initialize, logical_axes
+from qtale_jax.models.lora import merge_lora
 from qtale_jax.models.specification import (
     Architecture,
     LoraSpecification,
@@ -21,7 +23,7 @@ from qtale_jax.models.specification import (
     RopeScaling,
     RoutingSpecification,
 )
-from qtale_jax.models.stacking import stack_layers
+from qtale_jax.models.stacking import stack_layers, stacks
 from qtale_jax.parallel.mesh import replicated, shardings
 from qtale_jax.training.optimizer import Flat, flatten, optimizer_shardings, partition
 from qtale_jax.training.step import TrainState, initial_state
@@ -73,11 +75,19 @@ def routing_from(config: Config, num_layers: int) -> RoutingSpecification | None
     return RoutingSpecification(**{name: getattr(routing, name) for name in names}, thresholds=thresholds)
 
 
-def starting_model(config: Config, key: jax.Array) -> tuple[ModelSpecification, Parameters, Any, dict | None]:
-    """Loads the parent or initialises at random, then adds routers and adapters; one tree per layer."""
+def starting_model(
+    config: Config, mesh: Mesh, key: jax.Array
+) -> tuple[ModelSpecification, Parameters, Any, dict | None]:
+    """Loads the parent or initialises at random, then adds routers and adapters; one tree per layer.
+
+    Arrays of a parent go from disk straight into their shards on the mesh.
+    """
     if config.model.path is not None:
-        loaded = load_model(config.model.path)
-        spec, params, tokenizer = loaded.spec, loaded.params, loaded.tokenizer
+        parent_spec = read_model_json(config.model.path).spec
+        placed = shardings(mesh, logical_axes(parent_spec), abstract_parameters(parent_spec))
+        loaded = load_model(config.model.path, shardings=placed)
+        spec, params = merge_lora(loaded.spec, loaded.params)
+        tokenizer = loaded.tokenizer
         parent = {"path": config.model.path}
         if tokenizer is None:
             raise InputError(f"model.path={config.model.path}: the model directory has no tokenizer")
@@ -101,15 +111,35 @@ def starting_model(config: Config, key: jax.Array) -> tuple[ModelSpecification, 
 
 def prepare(config: Config, mesh: Mesh, key: jax.Array) -> Start:
     """Builds the starting point of a run on `mesh`."""
-    spec, params, tokenizer, parent = starting_model(config, key)
+    spec, params, tokenizer, parent = starting_model(config, mesh, key)
     axes = stack_layers(spec, logical_axes(spec))
     abstract = stack_layers(spec, abstract_parameters(spec))
     placed = shardings(mesh, axes, abstract)
-    params = jax.tree.map(jax.device_put, stack_layers(spec, params), placed)
+    params = _stack_on_mesh(spec, params, placed)
     trainable, frozen = partition(params, config.train.parameters)
     # What trains is kept in float32: bfloat16 weights would swallow small updates.
     trainable = {path: leaf.astype(jnp.float32) for path, leaf in trainable.items()}
     return Start(spec, tokenizer, trainable, frozen, flatten(placed), parent)
+
+
+def _stack_on_mesh(spec: ModelSpecification, params: Parameters, placed: Parameters) -> Parameters:
+    """Stacks layers leaf by leaf, each straight into its shards; layers are let go as their leaves are stacked."""
+    layers = {index: traverse_util.flatten_dict(layer, sep="/") for index, layer in params.pop("layers").items()}
+    whole = {name: jax.tree.map(jax.device_put, tree, placed[name]) for name, tree in params.items()}
+    stacked = {}
+    for name, indices in stacks(spec).items():
+        targets = traverse_util.flatten_dict(placed["layers"][name], sep="/")
+        leaves = {}
+        for path, target in targets.items():
+            parts = [layers[index].pop(path) for index in indices]
+            parts = [part if part.committed else jax.device_put(part, replicated(target.mesh)) for part in parts]
+            leaves[path] = jax.jit(_stack, out_shardings=target)(parts)
+        stacked[name] = traverse_util.unflatten_dict(leaves, sep="/")
+    return {**whole, "layers": stacked}
+
+
+def _stack(parts: list[jax.Array]) -> jax.Array:
+    return jnp.stack(parts)
 
 
 def state_shardings(start: Start, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -104,7 +104,7 @@ def test_extends_in_a_circle_is_refused(tmp_path):
 nested = st.recursive(
     st.integers() | st.none() | st.text(max_size=3),
     lambda children: st.dictionaries(st.sampled_from(["a", "b", "c"]), children, max_size=3),
-    max_leaves=8,
+    max_leaves=5,
 )
 mappings = st.dictionaries(st.sampled_from(["a", "b", "c"]), nested, max_size=3)
 

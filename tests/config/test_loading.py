@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtale_jax.config.loading import base_config, load_config, method_config, resolve, with_overrides
@@ -226,6 +226,7 @@ def test_resolving_is_complete_and_loads_again(load, tmp_path):
     assert resolve(again) == values
 
 
+@settings(max_examples=20)
 @given(
     method=st.sampled_from(["dense", "dllm", "qtale"]),
     rate=st.floats(0, 1),

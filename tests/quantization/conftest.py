@@ -16,12 +16,21 @@ FORMATS = [
 ]
 
 
+# One of each width, both groupings, with and without zero points: for tests that compile a program per format.
+FEW = [FORMATS[index] for index in (3, 4, 10, 13)]
+
+
 def name_of(format: TensorFormat) -> str:
     return f"{format.bits}bit-g{format.group_size}{'-sym' if format.symmetric else ''}"
 
 
 @pytest.fixture(params=FORMATS, ids=name_of)
 def format(request) -> TensorFormat:
+    return request.param
+
+
+@pytest.fixture(params=FEW, ids=name_of)
+def some_format(request) -> TensorFormat:
     return request.param
 
 

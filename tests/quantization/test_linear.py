@@ -25,17 +25,17 @@ def test_product_with_a_stored_weight_is_the_product_with_the_rounded_one(
     weight, format, activations, dtype, tolerance
 ):
     x = activations.astype(dtype)
-    out = jax.jit(linear)(x, quantized(weight, format))
+    out = linear(x, quantized(weight, format))
     expected = np.asarray(x, np.float64) @ np.asarray(fake_quantize(weight, format), np.float64)
     assert out.dtype == dtype and out.shape == (2, 5, 6)
     size = np.abs(expected).max(axis=(0, 1), keepdims=True)
     np.testing.assert_allclose(np.asarray(out, np.float64) / size, expected / size, atol=tolerance)
 
 
-def test_scan_over_stacked_layers_and_vmap(weight, format, activations):
+def test_scan_over_stacked_layers_and_vmap(weight, some_format, activations):
     layers = [weight, -0.5 * weight[::-1], 3 * weight]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(quantized(layer, format) for layer in layers))
-    expected = jnp.stack([activations @ fake_quantize(layer, format) for layer in layers])
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(quantized(layer, some_format) for layer in layers))
+    expected = jnp.stack([activations @ fake_quantize(layer, some_format) for layer in layers])
 
     @jax.jit
     def scanned(x, stacked):
@@ -52,9 +52,10 @@ def test_a_weight_is_a_tree_of_arrays_with_static_meaning(weight, format):
     assert (same.format, same.shape) == (format, weight.shape)
 
 
-def test_gradients_reach_the_activations(weight, format, activations):
-    gradient = jax.grad(lambda x: jnp.sum(linear(x, quantized(weight, format))))(activations)
-    row = jnp.sum(fake_quantize(weight, format), axis=1)
+def test_gradients_reach_the_activations(weight, some_format, activations):
+    stored = quantized(weight, some_format)
+    gradient = jax.grad(lambda x: jnp.sum(linear(x, stored)))(activations)
+    row = jnp.sum(fake_quantize(weight, some_format), axis=1)
     np.testing.assert_allclose(gradient, jnp.broadcast_to(row[None, None], gradient.shape), rtol=1e-5, atol=1e-5)
 
 
@@ -65,7 +66,8 @@ def test_activations_decide_the_type(weight, activations, stored, compute):
     out = linear(x, kernel)
     assert out.dtype == compute
     expected = jnp.matmul(x.astype(jnp.float32), kernel.astype(compute).astype(jnp.float32))
-    np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=1e-2 if compute == jnp.bfloat16 else 1e-5, atol=1e-2)
+    tolerance = 1e-2 if compute == jnp.bfloat16 else 1e-5
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_sums_are_float32():

@@ -33,9 +33,7 @@ def test_layout_is_the_documented_one(bits, rng):
     for row in range(70):
         block, position = divmod(row, 32)
         for column in range(3):
-            code = sum(
-                (int(words[bits * block + plane, column]) >> position & 1) << plane for plane in range(bits)
-            )
+            code = sum((int(words[bits * block + plane, column]) >> position & 1) << plane for plane in range(bits))
             assert code - 2 ** (bits - 1) == values[row, column]
     padding = np.asarray(words)[-bits:] >> np.uint32(70 - 64)
     assert not padding.any()

@@ -26,7 +26,7 @@ ARCHITECTURE = Architecture(
     vocab_size=23,
     hidden_size=32,
     intermediate_size=48,
-    num_layers=4,
+    num_layers=3,
     num_heads=4,
     num_kv_heads=2,
     head_dim=8,
@@ -38,7 +38,8 @@ ARCHITECTURE = Architecture(
 def model():
     """A routed model with its parameters."""
     spec = ModelSpecification(
-        architecture=ARCHITECTURE, routing=RoutingSpecification(method="qtale", router_hidden=16)
+        architecture=ARCHITECTURE,
+        routing=RoutingSpecification(method="qtale", always_on_layers=1, always_on_tokens=2, router_hidden=16),
     )
     return spec, initialize(spec, jax.random.key(0))
 
@@ -47,8 +48,8 @@ def linears_of(layer) -> dict:
     return layer["attention"] | layer["mlp"]
 
 
-@pytest.mark.parametrize("group", [-1, 16])
-@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "group"), [(4, -1), (3, 16)])
 def test_quantized_model_computes_with_the_rounded_weights(model, bits, group):
     spec, params = model
     config = QuantizeConfig(bits=bits, group_size=group)
@@ -78,31 +79,31 @@ def test_only_linears_change_and_the_skeleton_knows_it(model, bits, symmetric):
     new_spec, new_params, report = quantize_parameters(spec, params, config)
     format = TensorFormat(bits=bits, group_size=16, symmetric=symmetric)
     assert new_spec.bits == bits and spec.quantization is None
-    assert new_spec.quantization.formats == {f"{i}/{name}": format for i in range(4) for name in LINEARS}
+    assert new_spec.quantization.formats == {f"{i}/{name}": format for i in range(3) for name in LINEARS}
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), new_params)
     assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), abstract_parameters(new_spec))
     for name in ("embedding", "head", "final_norm"):
         assert new_params[name] is params[name]
     for index, layer in new_params["layers"].items():
         kept = set(layer) - {"attention", "mlp"}
-        assert kept == {"attention_norm", "mlp_norm"} | ({"router"} if index >= 2 else set())
+        assert kept == {"attention_norm", "mlp_norm"} | ({"router"} if index >= 1 else set())
         assert all(layer[part] is params["layers"][index][part] for part in kept)
     linears = sum(storage_bytes(ARCHITECTURE.linear_shape(name), format) for name in LINEARS)
     floats = sum(4 * int(np.prod(ARCHITECTURE.linear_shape(name))) for name in LINEARS)
-    assert [one.bytes_before - one.bytes_after for one in report] == [floats - linears] * 4
+    assert [one.bytes_before - one.bytes_after for one in report] == [floats - linears] * 3
 
 
 def test_report_measures_the_relative_error(model):
     spec, params = model
-    found = {bits: quantize_parameters(spec, params, QuantizeConfig(bits=bits))[2] for bits in (8, 4, 3, 2)}
+    found = {bits: quantize_parameters(spec, params, QuantizeConfig(bits=bits))[2] for bits in (8, 3)}
     for layer, one in enumerate(found[3]):
         assert one.layer == layer and set(one.weight_error) == set(LINEARS)
         for name, error in one.weight_error.items():
             kernel = np.asarray(linears_of(params["layers"][layer])[name]["kernel"], np.float64)
             rounded = np.asarray(fake_quantize(jnp.asarray(kernel, jnp.float32), TensorFormat(bits=3)), np.float64)
             assert error == pytest.approx(np.linalg.norm(kernel - rounded) / np.linalg.norm(kernel), rel=1e-5)
-    by_bits = [found[bits][0].weight_error["gate"] for bits in (8, 4, 3, 2)]
-    assert by_bits == sorted(by_bits) and by_bits[0] < 0.01 < by_bits[-1]
+    by_bits = [found[bits][0].weight_error["gate"] for bits in (8, 3)]
+    assert by_bits[0] < 0.01 < 0.1 < by_bits[1]
 
 
 def test_sixteen_bits_change_nothing(model):
@@ -113,15 +114,17 @@ def test_sixteen_bits_change_nothing(model):
 
 def test_progress_counts_layers(model):
     done = []
-    quantize_parameters(*model, QuantizeConfig(bits=8), done.append)
-    assert done == [0, 1, 2, 3]
+    spec, params = model
+    quantize_parameters(spec, params, QuantizeConfig(bits=8), done.append)
+    assert done == [0, 1, 2]
 
 
 def test_refuses_what_cannot_be_quantized(model):
     spec, params = model
     config = QuantizeConfig(bits=4)
+    rounded_spec, rounded_params, _ = quantize_parameters(spec, params, config)
     with pytest.raises(InputError, match="4-bit weights already"):
-        quantize_parameters(*quantize_parameters(spec, params, config)[:2], config)
+        quantize_parameters(rounded_spec, rounded_params, config)
     with pytest.raises(InputError, match="not merged"):
         quantize_parameters(spec.model_copy(update={"lora": LoraSpecification(rank=2)}), params, config)
     with pytest.raises(InputError, match="group_size=32 does not divide the 48 inputs of linear 'down'"):

@@ -158,8 +158,8 @@ def test_stacked_layers_are_rounded_one_by_one(weight, format):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_straight_through_has_the_rounded_value_and_the_identity_as_gradient(weight, format, dtype):
-    weight = weight.astype(dtype)
+def test_straight_through_has_the_rounded_value_and_the_identity_as_gradient(weight, some_format, dtype):
+    weight, format = weight.astype(dtype), some_format
     cotangent = jax.random.normal(jax.random.key(1), weight.shape, dtype)
 
     @jax.jit

@@ -134,7 +134,7 @@ def _check(
     for name, shape in wanted.items():
         if stored[name].shape != shape:
             raise InputError(
-                f"{stored[name].file}: tensor {name} has shape {stored[name].shape}, config.json implies {shape}"
+                f"{stored[name].file}: tensor {name} has shape {stored[name].shape}, expected {shape}"
             )
 
 
@@ -158,7 +158,7 @@ def _source_types(wanted: list[Tensor], stored: dict[str, StoredTensor], flat: F
     found = {}
     for tensor in wanted:
         here, there = stored[tensor.name].dtype, flat[tensor.parameter].dtype
-        found[tensor.name] = here.name if np.promote_types(here, there) == there else None
+        found[tensor.name] = here.name if there in (here, _STORAGE["float32"]) else None
     common = Counter(found.values()).most_common(1)[0][0]
     return {"dtype": common, "dtypes": {name: dtype for name, dtype in found.items() if dtype != common}}
 

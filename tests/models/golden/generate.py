@@ -3,9 +3,10 @@
     pip install torch==2.13.0 transformers==5.23.0 safetensors numpy
     python tests/models/golden/generate.py
 
-Each model is a directory as `save_pretrained` writes it, and `expected.npz` beside its files: tokens (2, T) int32, logits
-(2, T, vocab) float32, and greedy (2, 32) int32, the continuation of the first 8 tokens of each row. All is computed in
-float32 on one thread, whatever the type in which the weights are stored. A seed is used whose greedy decisions are clear.
+Each model is a directory as `save_pretrained` writes it, and `expected.npz` beside its files: tokens (2, T) int32,
+logits (2, T, vocab) float32, and greedy (2, 32) int32, the continuation of the first 8 tokens of each row. All is
+computed in float32 on one thread, whatever the type in which the weights are stored. A seed is used whose greedy
+decisions are clear.
 """
 
 import shutil
@@ -67,6 +68,19 @@ def random_model(name: str, seed: int) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
+def as_float32(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The same weights in a float32 model.
+
+    `model.float()` is not that: casting to 16 bits has rounded the rotary frequencies, which are a buffer, for good.
+    """
+    with torch.random.fork_rng():  # the weights that this draws are replaced
+        wide = LlamaForCausalLM(model.config).eval()
+    for target, source in zip(wide.parameters(), model.parameters(), strict=True):
+        target.copy_(source)
+    return wide
+
+
+@torch.no_grad()
 def greedy(model: LlamaForCausalLM, prompts: torch.Tensor, count: int) -> tuple[torch.Tensor, float]:
     """New tokens, and the smallest lead of a winner over the second."""
     tokens, lead = prompts, float("inf")
@@ -82,7 +96,7 @@ def main() -> None:
     for name in MODELS:
         for seed in range(100):
             model = random_model(name, seed)
-            wide = random_model(name, seed).float()
+            wide = as_float32(model)
             tokens = torch.randint(0, COMMON["vocab_size"], (2, LENGTHS.get(name, 48)))
             continuation, lead = greedy(wide, tokens[:, :8], 32)
             if lead > 0.01:

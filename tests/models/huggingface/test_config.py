@@ -1,0 +1,89 @@
+"""config.json: what is read, what is refused, what is written."""
+
+import json
+
+import pytest
+
+from qtale_jax.errors import InputError
+from qtale_jax.models.huggingface import read_huggingface
+from qtale_jax.models.huggingface.config import architecture_from, config_for
+from qtale_jax.models.specification import ModelSpecification, RopeScaling
+
+
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("theta_inside", [True, False])
+def test_both_spellings_of_rope(golden, spelling, theta_inside):
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    config = json.loads((golden / "llama2" / "config.json").read_text())
+    config.pop("rope_parameters")
+    config |= {spelling: scaling | {"rope_theta": 5e5}} if theta_inside else {spelling: scaling, "rope_theta": 5e5}
+    found = architecture_from(config, "config.json")
+    assert found.rope_theta == 5e5
+    assert found.rope_scaling == RopeScaling(
+        factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192
+    )
+
+
+def test_absent_keys_have_the_defaults_of_llama():
+    sizes = {"vocab_size": 8, "hidden_size": 12, "intermediate_size": 4}
+    depth = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    found = architecture_from({"model_type": "llama", **sizes, **depth}, "config.json")
+    assert (found.num_kv_heads, found.head_dim, found.max_length) == (2, 6, 2048)
+    assert (found.norm_eps, found.rope_theta, found.rope_scaling, found.tied_head) == (1e-6, 1e4, None, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "lama"}, r"model_type='lama' is not supported; supported: 'llama' \(did you mean 'llama'\?\)"),
+        ({"model_type": "qwen3"}, "model_type='qwen3' is not supported; supported: 'llama'"),
+        ({"model_type": ...}, "model_type=None is not supported"),
+        ({"attention_bias": True}, "attention_bias=True is not supported"),
+        ({"mlp_bias": True}, "mlp_bias=True is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; supported: 'silu'"),
+        ({"quantization_config": {"quant_method": "awq"}}, r"the checkpoint is quantized \('awq'\)"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling: rope_type='yarn' is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: rope_type='linear' is not supported"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "rope_parameters: low_freq_factor is missing"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_parameters: rope_theta='x'; allowed: a positive number"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported"),
+        ({"rope_scaling": [1]}, r"rope_scaling=\[1\] is not an object"),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 2.0,
+                    "low_freq_factor": 4.0,
+                    "high_freq_factor": 1.0,
+                    "original_max_position_embeddings": 8,
+                }
+            },
+            "high_freq_factor must be greater than low_freq_factor",
+        ),
+        ({"hidden_size": ...}, "hidden_size is missing"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0; allowed: a positive integer"),
+        ({"vocab_size": True}, "vocab_size=True; allowed: a positive integer"),
+        ({"num_attention_heads": 5, "head_dim": ...}, "num_attention_heads=5 does not divide hidden_size=32"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=4"),
+        ({"head_dim": 7}, "head_dim=7 is odd"),
+    ],
+)
+def test_unsupported_configs_are_refused(checkpoint, edit_config, changes, message):
+    edit_config(checkpoint, **changes)
+    with pytest.raises(InputError, match=message) as caught:
+        read_huggingface(checkpoint)
+    assert str(checkpoint / "config.json") in str(caught.value)
+
+
+def test_a_changed_architecture_replaces_what_the_original_config_said(base_spec, golden):
+    original = json.loads((golden / "llama3_1" / "config.json").read_text()) | {"vendor": 1}
+    changed = base_spec().architecture.model_copy(update={"max_length": 99, "rope_theta": 7.0})
+    config = config_for(ModelSpecification(architecture=changed), original, "float32", {"bos_token_id": 5})
+    assert architecture_from(config, "config.json") == changed
+    assert (config["vendor"], config["bos_token_id"]) == (1, 1)

@@ -1,0 +1,179 @@
+"""The public contract: load, forward, generate, score, with_threshold, save, routing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qtale_jax
+from qtale_jax.artifact import save_model
+from qtale_jax.data import reasoning
+from qtale_jax.data.tokens import encode
+from qtale_jax.errors import InputError
+from qtale_jax.models.decoder import initialize
+from qtale_jax.models.policy import Dense
+from qtale_jax.models.specification import Architecture, ModelSpecification, RoutingSpecification
+
+WORDS = list(reasoning.WORDS)
+PROMPT, OTHER = " ".join(WORDS[3:9]), " ".join(WORDS[9:12])
+
+
+def saved(folder, routed: bool, tokenizer=True):
+    architecture = Architecture(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=8,
+        max_length=32,
+    )
+    routing = RoutingSpecification(method="qtale", always_on_layers=1, router_hidden=8) if routed else None
+    spec = ModelSpecification(architecture=architecture, routing=routing)
+    path = folder / f"{'routed' if routed else 'dense'}{'' if tokenizer else '-bare'}"
+    save_model(
+        path, spec, initialize(spec, jax.random.key(6)), tokenizer=reasoning.tokenizer() if tokenizer else None,
+        provenance={"seed": 3},
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("models"), routed=True)
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    return qtale_jax.load(path)
+
+
+def test_the_package_has_what_it_promises():
+    assert {"load", "Model", "Generation", "Score", "__version__"} == set(qtale_jax.__all__)
+    for name in qtale_jax.__all__:
+        assert getattr(qtale_jax, name)
+    with pytest.raises(AttributeError, match="has no attribute 'lode'"):
+        _ = qtale_jax.lode  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_forward_gives_logits_and_routing(model):
+    tokens = np.array([[1, 5, 6, 7], [1, 8, 0, 0]])
+    out = model.forward(tokens, lengths=[4, 2])
+    assert out.logits.shape == (2, 4, 64) and out.logits.dtype == jnp.float32
+    assert out.routing.logits.shape == (2, 4, 2, 2) and out.routing.probability.shape == (2, 4, 2)
+    assert out.routing.execute.shape == (2, 4, 3) and not out.routing.execute[1, 2:].any()
+    np.testing.assert_array_equal(
+        out.routing.execute[0, 2:, 1:], np.asarray(out.routing.probability[0, 2:]) >= 0.5
+    )
+    alone = model.forward(tokens[1:, :2])
+    np.testing.assert_allclose(alone.logits[0], out.logits[1, :2], atol=1e-5)
+
+
+def test_theta_zero_is_the_dense_model(model):
+    tokens = np.array([[1, 5, 6, 7, 9, 11]])
+    zero, dense = model.with_threshold(0.0).forward(tokens), model.forward(tokens, policy=Dense())
+    np.testing.assert_array_equal(zero.logits, dense.logits)
+    assert zero.routing.execute.all()
+
+
+def test_with_threshold_leaves_the_model_alone(model):
+    never = model.with_threshold(1.0)
+    assert never.params is model.params and model.spec.thresholds == (0.5, 0.5)
+    routing = never.routing(PROMPT)
+    assert routing.execute[:2].all() and routing.execute[:, 0].all() and not routing.execute[2:, 1:].any()
+    assert model.with_threshold([0.1, 0.2]).spec.thresholds == (0.1, 0.2)
+    with pytest.raises(InputError, match="3 thresholds for 2 routed layers"):
+        model.with_threshold([0.1, 0.2, 0.3])
+
+
+def test_routing_of_a_text(model):
+    routing = model.routing(PROMPT)
+    ids = encode(model.tokenizer, [PROMPT])[0]
+    assert routing.words == model.tokenizer.convert_ids_to_tokens(ids) and len(routing.words) == 7
+    assert routing.execute.shape == (7, 3) and routing.probability.shape == (7, 2)
+    assert routing.executed_ratio == routing.execute.mean()
+
+
+def test_generation(model):
+    generations = model.generate([PROMPT, OTHER], max_new_tokens=4)
+    assert all(isinstance(one, qtale_jax.Generation) for one in generations)
+    for prompt, one in zip((PROMPT, OTHER), generations, strict=True):
+        assert model.generate([prompt], max_new_tokens=4) == [one]
+        assert 1 <= len(one.tokens) <= 4
+        assert one.text == model.tokenizer.decode(one.tokens, skip_special_tokens=True)
+        ids = encode(model.tokenizer, [prompt])[0] + one.tokens
+        execute = np.asarray(model.forward(np.array([ids[:-1]])).routing.execute)
+        assert one.executed_ratio == pytest.approx(execute.mean())
+    assert model.generate([], max_new_tokens=4) == []
+    sampled = [model.generate([PROMPT], 4, temperature=2.0, seed=seed)[0].tokens for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 4, "temperature": -1.0},
+        {"max_new_tokens": 4, "top_p": 0.0},
+        {"max_new_tokens": 4, "top_p": 1.1},
+        {"max_new_tokens": 26},
+    ],
+)
+def test_impossible_generations_are_refused(model, arguments):
+    with pytest.raises(InputError):
+        model.generate([PROMPT], **arguments)
+
+
+def test_scores(model):
+    pairs = [(PROMPT, " " + WORDS[20]), (OTHER, " ".join(["", *WORDS[30:33]])), ("", WORDS[4])]
+    scores = model.score(pairs)
+    for (context, continuation), score in zip(pairs, scores, strict=True):
+        assert isinstance(score, qtale_jax.Score)
+        ids = encode(model.tokenizer, [context + continuation])[0]
+        start = len(encode(model.tokenizer, [context])[0])
+        logp = np.asarray(jax.nn.log_softmax(model.forward(np.array([ids])).logits))[0]
+        expected = sum(logp[i - 1, ids[i]] for i in range(start, len(ids)))
+        assert score.log_likelihood == pytest.approx(expected, abs=1e-4)
+    greedy = model.generate([PROMPT], 1)[0]
+    if greedy.text:
+        assert model.score([(PROMPT, " " + greedy.text)])[0].is_greedy
+    assert model.score([]) == []
+    with pytest.raises(InputError, match="40 tokens.*context of 32"):
+        model.score([(" ".join(WORDS[3:42]), "")])
+    with pytest.raises(InputError, match="empty"):
+        model.score([("", "")])
+
+
+def test_saving_and_loading_changes_nothing(model, path, tmp_path):
+    changed = model.with_threshold(0.25)
+    changed.save(tmp_path / "copy")
+    copy = qtale_jax.load(tmp_path / "copy")
+    assert copy.spec == changed.spec and copy.provenance == {"seed": 3}
+    jax.tree.map(np.testing.assert_array_equal, copy.params, model.params)
+    tokens = np.array([[1, 5, 6, 7]])
+    np.testing.assert_array_equal(copy.forward(tokens).logits, changed.forward(tokens).logits)
+    with pytest.raises(InputError, match="exists"):
+        model.save(path)
+
+
+def test_half_precision_activations(path, model):
+    half = qtale_jax.load(path, compute_dtype="bfloat16")
+    tokens = np.array([[1, 5, 6, 7]])
+    out, expected = half.forward(tokens, policy=Dense()).logits, model.forward(tokens, policy=Dense()).logits
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, expected, atol=0.1)
+
+
+def test_a_dense_model(tmp_path):
+    dense = qtale_jax.load(saved(tmp_path, routed=False))
+    assert dense.forward(np.array([[1, 2, 3]])).routing.execute.all()
+    assert dense.routing(PROMPT).executed_ratio == 1.0
+    with pytest.raises(InputError, match="a dense model has no threshold"):
+        dense.with_threshold(0.3)
+
+
+def test_a_model_without_a_tokenizer(tmp_path):
+    bare = qtale_jax.load(saved(tmp_path, routed=False, tokenizer=False))
+    for ask in (lambda: bare.generate(["a"], 2), lambda: bare.score([("a", "b")]), lambda: bare.routing("a")):
+        with pytest.raises(InputError, match="no tokenizer"):
+            ask()
+
+
+def test_a_missing_model(tmp_path):
+    with pytest.raises(InputError, match="nowhere"):
+        qtale_jax.load(tmp_path / "nowhere")
