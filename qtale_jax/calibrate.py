@@ -15,13 +15,13 @@ def run_stage(config: Config, *, quiet: bool = False) -> Path:
         InputError: bad input, or the output exists.
     """
     from qtale_jax import paths
-    from qtale_jax.artifact import fingerprint, load_model, refuse_existing, save_model
-    from qtale_jax.calibration.calibrate import calibrate, with_lineage
+    from qtale_jax.artifact import lineage, load_model, refuse_existing, save_model
+    from qtale_jax.calibration.calibrate import calibrate
 
     source, target = Path(config.calibrate.model or paths.quantized(config)), paths.calibrated(config)
     refuse_existing(target)
     model, found = calibrate(load_model(source), config)
-    provenance = with_lineage(model, str(source), fingerprint(source), "calibrate")
+    provenance = lineage("calibrate", source, model.provenance)
     save_model(target, model.spec, model.params, tokenizer=model.tokenizer, provenance=provenance)
     settings = config.calibrate
     if settings.objective == "ratio" and abs(found.ratio - settings.ratio) > settings.tolerance:

@@ -144,7 +144,9 @@ class Model:
             return []
         rows = [Row(*tokens) for tokens in encode_pairs(self._tokenizer(), pairs)]
         if any(row.start >= len(row.ids) for row in rows):
-            raise InputError("score: a pair needs a token to score and one before it; a context or continuation is empty")
+            raise InputError(
+                "score: a pair needs a token to score and one before it; a context or continuation is empty"
+            )
         found = likelihoods(
             self.spec,
             self.params,

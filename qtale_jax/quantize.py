@@ -18,7 +18,7 @@ def run_stage(config: Config, *, quiet: bool = False) -> Path:
     from rich.progress import Progress
 
     from qtale_jax import paths
-    from qtale_jax.artifact import fingerprint, load_model, refuse_existing, save_model, weight_bytes
+    from qtale_jax.artifact import lineage, load_model, refuse_existing, save_model, weight_bytes
     from qtale_jax.quantization.pipeline import quantize_parameters
     from qtale_jax.reporting.console import quantization_table
 
@@ -32,13 +32,9 @@ def run_stage(config: Config, *, quiet: bool = False) -> Path:
         spec, params, report = quantize_parameters(
             loaded.spec, loaded.params, config.quantize, lambda _: progress.advance(task)
         )
-    provenance = {
-        "stage": "quantize",
-        "parent": {"path": str(source), "fingerprint": fingerprint(source)},
-        "quantizer": config.quantize.model_dump(exclude={"model", "output"}),
-        "layers": [asdict(layer) for layer in report],
-        "seed": loaded.provenance.get("seed"),
-    }
+    quantizer = config.quantize.model_dump(exclude={"model", "output"})
+    layers = [asdict(layer) for layer in report]
+    provenance = lineage("quantize", source, loaded.provenance, quantizer=quantizer, layers=layers)
     save_model(target, spec, params, tokenizer=loaded.tokenizer, provenance=provenance)
     if not quiet:
         Console().print(quantization_table(report, before, weight_bytes(params)))

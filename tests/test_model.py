@@ -20,14 +20,23 @@ PROMPT, OTHER = " ".join(WORDS[3:9]), " ".join(WORDS[9:12])
 
 def saved(folder, routed: bool, tokenizer=True):
     architecture = Architecture(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=8,
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=3,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
         max_length=32,
     )
     routing = RoutingSpecification(method="qtale", always_on_layers=1, router_hidden=8) if routed else None
     spec = ModelSpecification(architecture=architecture, routing=routing)
     path = folder / f"{'routed' if routed else 'dense'}{'' if tokenizer else '-bare'}"
     save_model(
-        path, spec, initialize(spec, jax.random.key(6)), tokenizer=reasoning.tokenizer() if tokenizer else None,
+        path,
+        spec,
+        initialize(spec, jax.random.key(6)),
+        tokenizer=reasoning.tokenizer() if tokenizer else None,
         provenance={"seed": 3},
     )
     return path
@@ -57,9 +66,7 @@ def test_forward_gives_logits_and_routing(model):
     assert out.logits.shape == (2, 4, 64) and out.logits.dtype == jnp.float32
     assert out.routing.logits.shape == (2, 4, 2, 2) and out.routing.probability.shape == (2, 4, 2)
     assert out.routing.execute.shape == (2, 4, 3) and not out.routing.execute[1, 2:].any()
-    np.testing.assert_array_equal(
-        out.routing.execute[0, 2:, 1:], np.asarray(out.routing.probability[0, 2:]) >= 0.5
-    )
+    np.testing.assert_array_equal(out.routing.execute[0, 2:, 1:], np.asarray(out.routing.probability[0, 2:]) >= 0.5)
     alone = model.forward(tokens[1:, :2])
     np.testing.assert_allclose(alone.logits[0], out.logits[1, :2], atol=1e-5)
 

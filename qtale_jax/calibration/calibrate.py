@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import math
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -91,13 +90,3 @@ def calibrate(model: LoadedModel, config: Config) -> tuple[LoadedModel, Found]:
         }
     )
     return dataclasses.replace(model, spec=spec.model_copy(update={"routing": routing})), found
-
-
-def with_lineage(model: LoadedModel, parent: str, fingerprint: str, stage: str) -> dict[str, Any]:
-    """Provenance of a model that a stage made of `parent`."""
-    return {
-        "stage": stage,
-        "parent": {"path": parent, "fingerprint": fingerprint},
-        "seed": model.provenance.get("seed"),
-        **{key: model.provenance[key] for key in ("quantizer", "huggingface") if key in model.provenance},
-    }

@@ -129,6 +129,9 @@ def examples(config: Config, tokenizer: Any, split: str) -> tuple[list[Tokens], 
 
 
 def pieces(documents: Sequence[Tokens], length: int) -> list[Tokens]:
-    """Cuts long documents into pieces of at most `length`; short documents stay whole; nothing is lost."""
+    """Cuts long documents into pieces of at most `length`; short documents stay whole.
+
+    A single token that is left over has nothing to predict it from and is dropped.
+    """
     cut = [Tokens(d.ids[i : i + length], 1) for d in documents for i in range(0, len(d.ids), length)]
     return [piece for piece in cut if len(piece.ids) > 1]

@@ -123,6 +123,7 @@ class Block(nnx.Module):
         stays = execute if self.eviction else jnp.ones_like(execute)
         key_gate = None
         if cache is not None:
+            assert context.slots is not None, "a cache needs the slot of every token"
             cache = cache.insert(context.slots, key, value, stays)
             key, value, stays = cache.key.astype(query.dtype), cache.value.astype(query.dtype), cache.kept
         elif self.eviction and eviction_gradient and gate is not None:

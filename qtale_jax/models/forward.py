@@ -117,7 +117,8 @@ def _run_block(
 
     # Besides saving the layer that no token executes, the branch is a boundary for the compiler: how a mask came about
     # cannot change how the block is compiled, so a routed model at theta = 0 equals the dense one bit for bit.
-    if conditional and gate is None:
+    # Without eviction a skipped token leaves its keys in the cache, so the block has to run for them.
+    if conditional and gate is None and (cache is None or block.eviction):
         hidden, cache = jax.lax.cond(jnp.any(execute), run, lambda: (hidden, cache))
     else:
         hidden, cache = run()
@@ -202,10 +203,11 @@ def run_layers(
         parts = [jnp.moveaxis(record[part], 0, 2) for record in records if record[part] is not None]
         return jnp.concatenate(parts, axis=2) if parts else None
 
-    logits = joined(0)
+    logits, execute = joined(0), joined(1)
+    assert execute is not None, "every layer decides"
     if logits is None:
         logits = jnp.zeros((*hidden.shape[:2], 0, 2), jnp.float32)
-    return hidden, Routing(logits, joined(1)), joined(2), caches
+    return hidden, Routing(logits, execute), joined(2), caches
 
 
 def forward(

@@ -65,8 +65,8 @@ class RoutingSpecification(_Frozen):
     """
 
     method: Literal["dllm", "qtale"]
-    always_on_layers: int = Field(2, ge=0)
-    always_on_tokens: int = Field(2, ge=0)
+    always_on_layers: int = Field(default=2, ge=0)
+    always_on_tokens: int = Field(default=2, ge=0)
     router_hidden: int = 512
     counting: Literal["all", "routed"] = "all"
     target: float = 0.5
@@ -122,7 +122,7 @@ class QuantizationSpecification(_Frozen):
         return hash((self.method, tuple(sorted(self.formats.items(), key=lambda item: item[0]))))
 
 
-class ModelSpecification(_Frozen):
+class ModelSpecification(_Frozen, frozen=True):
     """The static half of a model directory."""
 
     architecture: Architecture

@@ -26,7 +26,7 @@ class Checkpoints:
             n=1, get_metric_fn=lambda metrics: -metrics["validation"], keep_checkpoints_without_metrics=False
         )
         self._checkpointer = ocp.training.Checkpointer(
-            directory.resolve(),
+            str(directory.resolve()),
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             cleanup_tmp_directories=True,
         )

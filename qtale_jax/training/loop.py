@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qtale_jax.artifact import save_model
+from qtale_jax.artifact import lineage, save_model
 from qtale_jax.config import resolve
 from qtale_jax.config.schema import Config
-from qtale_jax.data.pipeline import build_pipeline, steps_per_epoch
+from qtale_jax.data.pipeline import build_pipeline, from_rows, load_rows, steps_per_epoch
 from qtale_jax.errors import InputError
 from qtale_jax.models.cost import peak_flops, training_flops_per_token
 from qtale_jax.models.forward import forward
@@ -46,7 +46,10 @@ def sharded_batch(mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray]) -> Batc
 
 
 def build_validation(config: Config, start: Start, mesh: jax.sharding.Mesh):
-    """Returns a function (trainable, frozen) -> nats per target token on the validation split at the model's theta."""
+    """Returns a function (trainable, frozen) -> nats per target token on the validation split at the model's theta.
+
+    The split is read now, so that bad data is refused before training; without held-out data the function gives None.
+    """
     spec = start.spec
     policy = Thresholded(jnp.asarray(spec.thresholds, jnp.float32)) if spec.routing else Dense()
 
@@ -63,8 +66,17 @@ def build_validation(config: Config, start: Start, mesh: jax.sharding.Mesh):
         nats = objective.token_cross_entropy(output.logits, batch["targets"])
         return jnp.sum(nats * batch["weights"]), jnp.sum(batch["weights"])
 
-    def validate(trainable, frozen) -> float:
-        pipeline = pipeline_for(config, start, "validation")
+    rows = (
+        None
+        if config.data.held_out == 0 and config.data.evaluation_path is None
+        else load_rows(config, start.tokenizer, "validation")
+    )
+
+    def validate(trainable, frozen) -> float | None:
+        if rows is None:
+            return None
+        batch_size, processes = config.train.batch_size, jax.process_count()
+        pipeline = from_rows(rows, "validation", batch_size, jax.process_index(), processes, config.seed)
         sums = []
         for _, batch in zip(range(config.train.evaluate_batches), pipeline, strict=False):
             sums.append(batch_nats(trainable, frozen, sharded_batch(mesh, batch)))
@@ -214,11 +226,9 @@ def write_model(config: Config, start: Start, state: TrainState, steps: int) -> 
     params = unstack_layers(spec, nest(trained, start.frozen))
     if config.train.merge_lora:
         spec, params = merge_lora(spec, params)
-    provenance = {
-        "stage": "train",
-        "parent": start.parent,
-        "config": resolve(config),
-        "seed": config.seed,
-        "steps": steps,
-    }
+    facts = {"config": resolve(config), "seed": config.seed, "steps": steps}
+    if config.model.path is None:
+        provenance = {"stage": "train", "parent": None, **facts}
+    else:
+        provenance = lineage("train", config.model.path, start.inherited, **facts)
     save_model(Path(config.output) / "trained", spec, params, tokenizer=start.tokenizer, provenance=provenance)

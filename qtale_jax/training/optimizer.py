@@ -65,19 +65,30 @@ def build_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransf
     """Clip by global norm, AdamW, routers at their own peak rate."""
     ratio = (config.router_learning_rate or config.learning_rate) / config.learning_rate
 
-    def scale_routers(updates: Flat, _params=None) -> Flat:
+    def scale_routers(updates: Any, _params: Any = None) -> Flat:
         return {path: update * ratio if is_router(path) else update for path, update in updates.items()}
 
     def mask(params: Flat) -> dict[str, bool]:
         return {path: decays(path, leaf) for path, leaf in params.items()}
 
-    return optax.chain(
+    return _promoting(
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon, mu_dtype=jnp.float32),
         optax.add_decayed_weights(config.weight_decay, mask),
         optax.stateless(scale_routers),
         optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
     )
+
+
+def _promoting(*parts: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Chains transformations and updates under standard promotion: Optax mixes floats with integer step counts."""
+    chain = optax.chain(*parts)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        with jax.numpy_dtype_promotion("standard"):
+            return chain.update(updates, state, params)
+
+    return optax.GradientTransformation(chain.init, update)
 
 
 def optimizer_shardings(optimizer: optax.GradientTransformation, abstract: Flat, shardings: Flat, other: Any) -> Any:

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import traverse_util
 from jax.sharding import Mesh
 
 from qtale_jax.artifact import load_model, read_model_json
@@ -25,20 +24,23 @@ from qtale_jax.models.specification import (
 )
 from qtale_jax.models.stacking import stack_layers, stacks
 from qtale_jax.parallel.mesh import replicated, shardings
-from qtale_jax.training.optimizer import Flat, flatten, optimizer_shardings, partition
+from qtale_jax.training.optimizer import Flat, flatten, nest, optimizer_shardings, partition
 from qtale_jax.training.step import TrainState, initial_state
 
 
 @dataclass
 class Start:
-    """The starting point of a run; arrays are stacked, sharded and split into what trains and what does not."""
+    """The starting point of a run; arrays are stacked, sharded and split into what trains and what does not.
+
+    `inherited` is the provenance of the model it starts from.
+    """
 
     spec: ModelSpecification
     tokenizer: Any
     trainable: Flat
     frozen: Flat
     shardings: Flat
-    parent: dict | None
+    inherited: dict[str, Any]
 
 
 def architecture_from(config: ArchitectureConfig, vocab_size: int) -> Architecture:
@@ -77,7 +79,7 @@ def routing_from(config: Config, num_layers: int) -> RoutingSpecification | None
 
 def starting_model(
     config: Config, mesh: Mesh, key: jax.Array
-) -> tuple[ModelSpecification, Parameters, Any, dict | None]:
+) -> tuple[ModelSpecification, Parameters, Any, dict[str, Any]]:
     """Loads the parent or initialises at random, then adds routers and adapters; one tree per layer.
 
     Arrays of a parent go from disk straight into their shards on the mesh.
@@ -88,14 +90,14 @@ def starting_model(
         loaded = load_model(config.model.path, shardings=placed)
         spec, params = merge_lora(loaded.spec, loaded.params)
         tokenizer = loaded.tokenizer
-        parent = {"path": config.model.path}
+        inherited = loaded.provenance
         if tokenizer is None:
             raise InputError(f"model.path={config.model.path}: the model directory has no tokenizer")
     else:
         tokenizer = load_tokenizer(config.model.tokenizer)
         architecture = architecture_from(config.model.architecture, len(tokenizer))
         spec = ModelSpecification(architecture=architecture, dtype=config.model.dtype)
-        params, parent = initialize(spec, jax.random.fold_in(key, 0)), None
+        params, inherited = initialize(spec, jax.random.fold_in(key, 0)), {}
     if config.data.length > spec.architecture.max_length:
         raise InputError(
             f"data.length={config.data.length} is longer than the model's context, "
@@ -106,12 +108,12 @@ def starting_model(
         lora = LoraSpecification(**config.lora.model_dump())
     routing = routing_from(config, spec.architecture.num_layers)
     spec, params = adapt(spec, params, routing, lora, jax.random.fold_in(key, 1))
-    return spec, params, tokenizer, parent
+    return spec, params, tokenizer, inherited
 
 
 def prepare(config: Config, mesh: Mesh, key: jax.Array) -> Start:
     """Builds the starting point of a run on `mesh`."""
-    spec, params, tokenizer, parent = starting_model(config, mesh, key)
+    spec, params, tokenizer, inherited = starting_model(config, mesh, key)
     axes = stack_layers(spec, logical_axes(spec))
     abstract = stack_layers(spec, abstract_parameters(spec))
     placed = shardings(mesh, axes, abstract)
@@ -119,22 +121,22 @@ def prepare(config: Config, mesh: Mesh, key: jax.Array) -> Start:
     trainable, frozen = partition(params, config.train.parameters)
     # What trains is kept in float32: bfloat16 weights would swallow small updates.
     trainable = {path: leaf.astype(jnp.float32) for path, leaf in trainable.items()}
-    return Start(spec, tokenizer, trainable, frozen, flatten(placed), parent)
+    return Start(spec, tokenizer, trainable, frozen, flatten(placed), inherited)
 
 
 def _stack_on_mesh(spec: ModelSpecification, params: Parameters, placed: Parameters) -> Parameters:
     """Stacks layers leaf by leaf, each straight into its shards; layers are let go as their leaves are stacked."""
-    layers = {index: traverse_util.flatten_dict(layer, sep="/") for index, layer in params.pop("layers").items()}
+    layers = {index: flatten(layer) for index, layer in params.pop("layers").items()}
     whole = {name: jax.tree.map(jax.device_put, tree, placed[name]) for name, tree in params.items()}
     stacked = {}
     for name, indices in stacks(spec).items():
-        targets = traverse_util.flatten_dict(placed["layers"][name], sep="/")
+        targets = flatten(placed["layers"][name])
         leaves = {}
         for path, target in targets.items():
             parts = [layers[index].pop(path) for index in indices]
             parts = [part if part.committed else jax.device_put(part, replicated(target.mesh)) for part in parts]
             leaves[path] = jax.jit(_stack, out_shardings=target)(parts)
-        stacked[name] = traverse_util.unflatten_dict(leaves, sep="/")
+        stacked[name] = nest(leaves)
     return {**whole, "layers": stacked}
 
 
@@ -144,7 +146,7 @@ def _stack(parts: list[jax.Array]) -> jax.Array:
 
 def state_shardings(start: Start, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """A sharding for every array of the state; the optimizer's moments follow their parameters."""
-    whole = replicated(mesh)
+    whole: Any = replicated(mesh)  # a state whose leaves are shardings
     placed = {path: start.shardings[path] for path in start.trainable}
     abstract = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in start.trainable.items()}
     return TrainState(whole, whole, placed, optimizer_shardings(optimizer, abstract, placed, whole))

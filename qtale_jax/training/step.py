@@ -21,7 +21,7 @@ from qtale_jax.training import objective
 from qtale_jax.training.optimizer import Flat, nest
 
 Batch = dict[str, Array]
-Metrics = dict[str, Array]
+Metrics = dict[str, Any]
 
 
 @jax.tree_util.register_dataclass
@@ -49,6 +49,8 @@ def quantizer_transform(config: QuantizationAwareConfig, active: Array):
 
     Works inside the layer scan, so only one layer's merged weights exist at a time.
     """
+    if config.bits == 16:
+        raise ValueError("16 bits are full precision: there is nothing to train for")
     format = TensorFormat(bits=config.bits, group_size=config.group_size, symmetric=config.symmetric)
 
     def transform(layer: Parameters) -> Parameters:
@@ -107,7 +109,8 @@ class TrainStep:
         )
         nats = objective.token_cross_entropy(output.logits, batch["targets"])
         cross_entropy = objective.weighted_mean(nats, batch["weights"], totals["targets"])
-        loss, metrics = cross_entropy, {"cross_entropy": cross_entropy}
+        loss: Array = cross_entropy
+        metrics: Metrics = {"cross_entropy": cross_entropy}
         if teacher is not None:
             base = spec.model_copy(update={"lora": None})
             dense = self.forward(base, nest(teacher), batch["tokens"], segment_ids=batch["segment_ids"], policy=Dense())
@@ -118,6 +121,7 @@ class TrainStep:
             loss += config.train.distillation.weight * metrics["distillation"]
         if spec.routing is not None:
             routing, counted = config.routing, counted_tokens(spec, batch["segment_ids"])
+            assert output.gates is not None, "a sampling policy gives gates"
             share = objective.executed_share(output.gates, spec.routing.always_on_layers, routing.counting)
             rate = objective.rate_loss(share, counted, totals["counted"], routing.target, routing.rate_loss)
             gaps = output.routing.logits[..., 1] - output.routing.logits[..., 0]
@@ -177,7 +181,7 @@ class TrainStep:
         return {name: value for name, value in metrics.items() if name != "routing"}, summary
 
     def _update(self, state: TrainState, grads: Flat, metrics: Metrics) -> tuple[TrainState, Metrics]:
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & (state.bad_step < 0)
         updates, optimizer = self.optimizer.update(grads, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)

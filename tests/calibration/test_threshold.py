@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from qtale_jax.calibration.threshold import GRID, search_quality, search_ratio
 
 
-@given(st.floats(0.31, 0.99), st.floats(0.2, 5.0))
+@given(st.floats(0.33, 0.99), st.floats(0.5, 5.0))
 def test_a_falling_ratio_is_hit(target, power):
     found = search_ratio(lambda theta: 0.3 + 0.7 * (1 - theta) ** power, target, 0.005, 0.999)
     assert abs(found.ratio - target) <= 0.005

@@ -219,6 +219,9 @@ def test_unknown_tasks_are_refused(tmp_path):
         read(data, "train")
 
 
-@pytest.mark.parametrize(("name", "kind", "count"), [("arc_challenge.jsonl", "multiple_choice", 1172), ("ARC-Challenge_train.json", "instruction", 1119)])
+@pytest.mark.parametrize(
+    ("name", "kind", "count"),
+    [("arc_challenge.jsonl", "multiple_choice", 1172), ("ARC-Challenge_train.json", "instruction", 1119)],
+)
 def test_real_files(shared_data, name, kind, count):
     assert len(everything(config(kind, shared_data / "csqa" / name))) == count

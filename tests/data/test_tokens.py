@@ -97,10 +97,15 @@ def test_nothing_left_is_refused(policy):
 
 def test_packed_documents_are_cut_into_pieces():
     assert pieces([Tokens(list(range(10)), 1)], 4) == [
-        Tokens([0, 1, 2, 3], 1), Tokens([4, 5, 6, 7], 1), Tokens([8, 9], 1)
+        Tokens([0, 1, 2, 3], 1),
+        Tokens([4, 5, 6, 7], 1),
+        Tokens([8, 9], 1),
     ]
     # A single token left over predicts nothing.
-    assert pieces([Tokens(list(range(9)), 1), Tokens([7, 8], 1)], 4)[-2:] == [Tokens([4, 5, 6, 7], 1), Tokens([7, 8], 1)]
+    assert pieces([Tokens(list(range(9)), 1), Tokens([7, 8], 1)], 4)[-2:] == [
+        Tokens([4, 5, 6, 7], 1),
+        Tokens([7, 8], 1),
+    ]
 
 
 def test_packing_keeps_long_documents(letters, tmp_path, config_of):

@@ -25,9 +25,7 @@ def specification(routed: bool) -> ModelSpecification:
         head_dim=8,
         max_length=40,
     )
-    routing = RoutingSpecification(
-        method="qtale", always_on_layers=1, router_hidden=8, thresholds={"16": (0.85, 0.85)}
-    )
+    routing = RoutingSpecification(method="qtale", always_on_layers=1, router_hidden=8, thresholds={"16": (0.85, 0.85)})
     return ModelSpecification(architecture=architecture, routing=routing if routed else None)
 
 

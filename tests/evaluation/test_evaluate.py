@@ -134,11 +134,32 @@ def test_an_evaluation_is_what_reports_read(loaded, choices, tmp_path):
     examples, path = choices
     result = evaluate(loaded, config(path))
     row = result["row"]
-    assert tuple(row) == RESULT_KEYS == (
-        "model", "routing", "quantizer", "bits", "group_size", "theta", "executed_ratio", "accuracy",
-        "standard_error", "nats_per_token", "weight_bytes", "flops_per_token", "seed",
+    assert (
+        tuple(row)
+        == RESULT_KEYS
+        == (
+            "model",
+            "routing",
+            "quantizer",
+            "bits",
+            "group_size",
+            "theta",
+            "executed_ratio",
+            "accuracy",
+            "standard_error",
+            "nats_per_token",
+            "weight_bytes",
+            "flops_per_token",
+            "seed",
+        )
     )
-    assert (row["model"], row["routing"], row["quantizer"], row["bits"], row["seed"]) == ("qtale", "qtale", "none", 16, 7)
+    assert (row["model"], row["routing"], row["quantizer"], row["bits"], row["seed"]) == (
+        "qtale",
+        "qtale",
+        "none",
+        16,
+        7,
+    )
     assert row["theta"] == pytest.approx(0.85) and 0 < row["executed_ratio"] < 1
     assert row["weight_bytes"] == weight_bytes(loaded.params)["total"] == sum(result["bytes"].values())
     assert set(row["accuracy"]) == {"count", "rank", "mean"}
@@ -162,10 +183,16 @@ def test_a_quantized_dense_model(loaded, choices, tmp_path):
     spec = loaded.spec.model_copy(update={"routing": None})
     params = initialize(spec, jax.random.key(0))
     spec, params, _ = quantize_parameters(spec, params, QuantizeConfig(bits=3, group_size=8))
-    result = evaluate(LoadedModel(spec, params, loaded.tokenizer, {}), config(choices[1], name="base", perplexity=False))
+    result = evaluate(
+        LoadedModel(spec, params, loaded.tokenizer, {}), config(choices[1], name="base", perplexity=False)
+    )
     row = result["row"]
     assert (row["model"], row["routing"], row["quantizer"], row["bits"], row["group_size"]) == (
-        "base", "dense", "rtn", 3, 8,
+        "base",
+        "dense",
+        "rtn",
+        3,
+        8,
     )
     assert row["theta"] is row["nats_per_token"] is None and row["executed_ratio"] == 1.0 and row["seed"] == 0
     assert result["maps"] == [] and result["gap_histogram"] is None

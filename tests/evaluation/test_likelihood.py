@@ -23,8 +23,10 @@ def alone(spec, params, row: Row):
     lengths = jnp.asarray([len(row.ids)], jnp.int32)
     out = run(spec.structure, params, tokens, lengths=lengths, policy=inference_policy(spec))
     logits = np.asarray(out.logits, np.float64)[0, : len(row.ids)]
-    logp = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True)) - logits.max(
-        1, keepdims=True
+    logp = (
+        logits
+        - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+        - logits.max(1, keepdims=True)
     )
     gaps = np.asarray(out.routing.logits, np.float64)[0, : len(row.ids)]
     return logp, gaps[..., 1] - gaps[..., 0], np.asarray(out.routing.execute)[0, : len(row.ids)]

@@ -23,8 +23,16 @@ def run(model, prompts, *, theta=None, temperature=0.0, top_p=1.0, seed=0, stop=
     lengths = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
     return jax.device_get(
         generate(
-            spec.structure, params, jnp.asarray(tokens), lengths, inference_policy(spec, theta),
-            jax.random.key(seed), jnp.float32(temperature), jnp.float32(top_p), jnp.int32(stop), max_new_tokens=new,
+            spec.structure,
+            params,
+            jnp.asarray(tokens),
+            lengths,
+            inference_policy(spec, theta),
+            jax.random.key(seed),
+            jnp.float32(temperature),
+            jnp.float32(top_p),
+            jnp.int32(stop),
+            max_new_tokens=new,
         )
     )
 

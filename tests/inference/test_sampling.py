@@ -17,8 +17,10 @@ def keys(seed: int, rows: int) -> jax.Array:
 
 def test_the_nucleus_is_the_smallest_set_that_reaches_the_mass():
     probabilities = jnp.array([[0.1, 0.5, 0.15, 0.25]], jnp.float32)
-    kept = {p: set(np.flatnonzero(np.isfinite(nucleus(jnp.log(probabilities), jnp.float32(p))[0]))) for p in
-            (0.01, 0.49, 0.51, 0.74, 0.76, 0.89, 0.91, 1.0)}
+    kept = {
+        p: set(np.flatnonzero(np.isfinite(nucleus(jnp.log(probabilities), jnp.float32(p))[0])))
+        for p in (0.01, 0.49, 0.51, 0.74, 0.76, 0.89, 0.91, 1.0)
+    }
     assert kept[0.01] == kept[0.49] == {1}
     assert kept[0.51] == kept[0.74] == {1, 3}
     assert kept[0.76] == kept[0.89] == {1, 2, 3}

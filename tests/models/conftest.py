@@ -26,7 +26,7 @@ def make_spec() -> Callable[..., ModelSpecification]:
 
     def make(routing: dict[str, Any] | None = None, lora: dict[str, Any] | None = None, **fields) -> ModelSpecification:
         dtype = fields.pop("dtype", "float32")
-        sizes = {
+        sizes: dict[str, Any] = {
             "vocab_size": 40,
             "hidden_size": 16,
             "intermediate_size": 24,
@@ -40,8 +40,8 @@ def make_spec() -> Callable[..., ModelSpecification]:
             architecture=Architecture(**sizes | fields),
             routing=None
             if routing is None
-            else RoutingSpecification(**{"method": "qtale", "router_hidden": 8} | routing),
-            lora=None if lora is None else LoraSpecification(**{"rank": 2} | lora),
+            else RoutingSpecification.model_validate({"method": "qtale", "router_hidden": 8} | routing),
+            lora=None if lora is None else LoraSpecification.model_validate({"rank": 2} | lora),
             dtype=dtype,
         )
 

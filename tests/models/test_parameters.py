@@ -93,7 +93,7 @@ def test_initialisation_is_a_function_of_the_key(make_spec):
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert not np.array_equal(first["embedding"]["table"], other["embedding"]["table"])
     kernels = [np.asarray(first["layers"][i]["mlp"]["up"]["kernel"]) for i in range(2)]
-    assert not np.array_equal(*kernels)
+    assert not np.array_equal(kernels[0], kernels[1])
 
 
 def test_adapters_start_without_effect(make_spec):
@@ -181,7 +181,7 @@ def test_adapting_keeps_weights_and_only_adds(make_spec):
     added = {jax.tree_util.keystr(path) for path in flat.keys() - before.keys()}
     assert added and all("router" in name or "lora" in name for name in added)
     routers = [np.asarray(adapted["layers"][i]["router"]["hidden"]["kernel"]) for i in (1, 2)]
-    assert not np.array_equal(*routers)
+    assert not np.array_equal(routers[0], routers[1])
 
 
 def test_adapting_again_continues_the_routers(make_spec):

@@ -54,9 +54,14 @@ def test_what_is_written_is_the_rounded_model(parent, tmp_path, bits, group):
         np.testing.assert_array_equal(unstore(stored, kernel.shape, format), fake_quantize(kernel, format))
     assert weight_bytes(loaded.params)["total"] < weight_bytes(original.params)["total"]
     assert fingerprint(parent) == before
-    provenance = loaded.provenance
-    assert provenance["parent"]["fingerprint"] == before and provenance["seed"] == 7
-    assert provenance["quantizer"] == {"method": "rtn", "bits": bits, "group_size": group, "symmetric": False}
+
+
+def test_provenance_names_the_parent_and_the_quantizer(parent, tmp_path):
+    path = run_stage(config_for(parent, tmp_path / "quantized", bits=8, group_size=16), quiet=True)
+    provenance = read_model_json(path).provenance
+    assert provenance["stage"] == "quantize" and provenance["seed"] == 7
+    assert provenance["quantizer"] == {"method": "rtn", "bits": 8, "group_size": 16, "symmetric": False}
+    assert provenance["parent"] == {"path": str(parent), "fingerprint": fingerprint(parent)}
 
 
 def test_where_it_goes_by_default(parent):

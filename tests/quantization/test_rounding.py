@@ -168,7 +168,9 @@ def test_straight_through_has_the_rounded_value_and_the_identity_as_gradient(wei
         return value, pull(cotangent)[0]
 
     value, gradient = value_and_gradient(weight)
-    np.testing.assert_array_equal(value, jax.jit(fake_quantize, static_argnums=1)(weight, format))
+    expected = jax.jit(fake_quantize, static_argnums=1)(weight, format)
+    np.testing.assert_array_equal(value, expected)
+    np.testing.assert_array_equal(jax.jit(fake_quantize_straight_through, static_argnums=1)(weight, format), expected)
     np.testing.assert_array_equal(gradient, cotangent)
 
 

@@ -133,9 +133,7 @@ def _check(
         )
     for name, shape in wanted.items():
         if stored[name].shape != shape:
-            raise InputError(
-                f"{stored[name].file}: tensor {name} has shape {stored[name].shape}, expected {shape}"
-            )
+            raise InputError(f"{stored[name].file}: tensor {name} has shape {stored[name].shape}, expected {shape}")
 
 
 def _lossless(stored) -> Storage:

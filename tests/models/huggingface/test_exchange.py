@@ -119,7 +119,11 @@ def test_routers_come_back(base_spec, filled, raw, tmp_path):
     artifact.save_model(tmp_path / "model", spec, params)
     written = to_huggingface(tmp_path / "model", tmp_path / "hf")
     assert {path.name for path in (tmp_path / "hf").iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "qtale.json", "routers.safetensors",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "qtale.json",
+        "routers.safetensors",
     }
     assert len(written.routers) == 5
     assert not any("router" in name for name in raw(tmp_path / "hf"))

@@ -1,0 +1,59 @@
+"""The whole main job in small, through its real entry point."""
+
+import json
+
+import pytest
+import yaml
+
+from qtale_jax.data import reasoning
+from qtale_jax.reporting.results import RESULT_KEYS
+
+pytestmark = pytest.mark.slow
+
+
+def test_an_experiment_runs_once_and_then_only_reports(tmp_path, run_module):
+    words = list(reasoning.WORDS)
+    texts = [" ".join(words[(5 * i) % 40 :][:10]) for i in range(40)]
+    (tmp_path / "text.txt").write_text("<|endoftext|>".join(texts))
+    config = {
+        "output": "run",
+        "data": {"kind": "text", "path": "text.txt", "length": 16, "held_out": 0.3},
+        "model": {
+            "architecture": {
+                "vocab_size": 64,
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_layers": 3,
+                "num_heads": 2,
+                "max_length": 32,
+            }
+        },
+        "routing": {"always_on_layers": 1, "router_hidden": 8},
+        "lora": None,
+        "train": {"steps": 2, "batch_size": 8, "parameters": "all"},
+        "calibrate": {"examples": 8},
+        "evaluate": {"batch_size": 8, "maps": 1},
+        "experiment": {
+            "base": {"train": {"steps": 3}},
+            "methods": {"dense": {}, "qtale": {}},
+            "quantizers": [{"method": "none", "bits": 16}, {"bits": 3}],
+            "ratios": [0.8],
+        },
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    done = run_module("qtale_jax.experiment", "tiny.yaml")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    assert str(run / "report.html") in done.stdout.replace("\n", "") or "report.html" in done.stdout
+    rows = json.loads((run / "results.json").read_text())
+    assert all(tuple(row) == RESULT_KEYS for row in rows)
+    assert [(row["routing"], row["bits"]) for row in rows].count(("qtale", 3)) == 2  # as trained, and at the ratio
+    assert {(row["routing"], row["bits"]) for row in rows} == {(r, b) for r in ("dense", "qtale") for b in (16, 3)}
+    assert (run / "report.html").stat().st_size > 10_000
+    kept = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and "report" not in p.name}
+    kept.pop(run / "results.json")
+    again = run_module("qtale_jax.experiment", "tiny.yaml")
+    assert again.returncode == 0, again.stderr
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+    assert "started" not in again.stderr
+    assert json.loads((run / "results.json").read_text()) == rows
