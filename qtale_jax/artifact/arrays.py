@@ -1,4 +1,4 @@
-"""Parameters on disk: Orbax checkpoints ("parts") of at most half a gigabyte each, written and read one after the other.
+"""Parameters on disk: Orbax checkpoints ("parts") of half a gigabyte each, written and read one after the other.
 
 Orbax keeps its own copies of what it is writing until it commits. Parts bound that to a part, whatever the size of the
 model, and let a checkpoint be converted while no more than one part of it is in memory.
@@ -22,7 +22,7 @@ from qtale_jax.quantization.storage import array_bytes
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save; errors are raised anyway
 
 PART_BYTES = 2**29
-"""A part takes parameters until it holds this many bytes."""
+"""A part takes parameters as long as it holds at most this many bytes; a larger parameter is a part of its own."""
 
 Flat = dict[str, Any]
 """Leaves by path, "layers/0/attention/query/kernel"."""

@@ -6,17 +6,17 @@ not, and to run it. All classes are frozen and hashable, so that they can be sta
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 LINEARS = ("query", "key", "value", "output", "gate", "up", "down")
 """The seven linears of a block, in the order in which a forward pass uses them."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class _Frozen(BaseModel, frozen=True, extra="forbid"):
+    """Base of all classes here: immutable, hashable, unknown fields refused."""
 
 
-class RopeScaling(_Frozen):
+class RopeScaling(_Frozen, frozen=True):
     """Llama-3 frequency scaling: long wavelengths are divided by `factor`, short ones kept, a ramp between."""
 
     factor: float
@@ -25,7 +25,7 @@ class RopeScaling(_Frozen):
     original_length: int
 
 
-class Architecture(_Frozen):
+class Architecture(_Frozen, frozen=True):
     """Shape of a Llama-family decoder."""
 
     family: Literal["llama"] = "llama"
@@ -57,7 +57,7 @@ class Architecture(_Frozen):
         }[name]
 
 
-class RoutingSpecification(_Frozen):
+class RoutingSpecification(_Frozen, frozen=True):
     """Which layers and tokens are routed, and the thresholds that decide at inference.
 
     `thresholds` maps a bit width ("16", "4", ...) to one theta per routed layer; widths without an entry use 0.5.
@@ -78,7 +78,7 @@ class RoutingSpecification(_Frozen):
         return hash((self.method, self.always_on_layers, self.always_on_tokens, self.router_hidden))
 
 
-class LoraSpecification(_Frozen):
+class LoraSpecification(_Frozen, frozen=True):
     """Adapters next to some of the linears: y = x W + (x A) B, no alpha/r scale."""
 
     rank: int
@@ -86,7 +86,7 @@ class LoraSpecification(_Frozen):
     targets: tuple[str, ...] = ("query", "key", "value")
 
 
-class TensorFormat(_Frozen):
+class TensorFormat(_Frozen, frozen=True):
     """How the weight of a linear is stored: integers with one scale per group of inputs and output channel.
 
     `group_size` -1 is one group over all inputs. A group size that does not divide the inputs is refused earlier.
@@ -101,7 +101,7 @@ class TensorFormat(_Frozen):
         return 1 if self.group_size == -1 else inputs // self.group_size
 
 
-class QuantizationSpecification(_Frozen):
+class QuantizationSpecification(_Frozen, frozen=True):
     """What post-training quantization did: `formats` has an entry per linear, `"{layer}/{name}"` -> format."""
 
     method: Literal["rtn"]

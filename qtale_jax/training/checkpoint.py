@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from qtale_jax.artifact import saving_context
 from qtale_jax.training.step import TrainState
 
 # Orbax reports every save and load through absl; what matters here is raised or printed by the loop.
@@ -27,8 +28,10 @@ class Checkpoints:
         )
         self._checkpointer = ocp.training.Checkpointer(
             str(directory.resolve()),
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            # Orbax annotates its policies and the argument that takes them with different types.
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),  # pyright: ignore[reportArgumentType]
             cleanup_tmp_directories=True,
+            context=saving_context(),
         )
 
     @property

@@ -87,15 +87,14 @@ def routing_statistics(
     """
     weights = jnp.broadcast_to(counted[:, :, None], execute.shape)
     total = jnp.maximum(jnp.sum(weights), 1.0)
-    gaps = gap(logits)
+    gaps, executed = gap(logits), execute.astype(jnp.float32)
     magnitude = jnp.abs(gaps)
     flipped = (execute != (gaps >= 0)).astype(jnp.float32)
     entropy = (1 - entropy_penalty(gaps, "entropy")) * math.log(2)
     # Uncounted entries become NaN, which nanquantile leaves out: shapes stay static.
     quantiles = jnp.nanquantile(jnp.where(weights > 0, magnitude, jnp.nan), jnp.asarray(GAP_QUANTILES, jnp.float32))
     return {
-        "executed_per_layer": jnp.sum(execute.astype(jnp.float32) * weights, axis=(0, 1))
-        / jnp.maximum(jnp.sum(counted), 1.0),
+        "executed_per_layer": jnp.sum(executed * weights, axis=(0, 1)) / jnp.maximum(jnp.sum(counted), 1.0),
         "logit_gap_mean": jnp.sum(magnitude * weights) / total,
         **{f"logit_gap_q{round(100 * q)}": quantiles[i] for i, q in enumerate(GAP_QUANTILES)},
         "flip_rate": jnp.sum(flipped * weights) / total,

@@ -65,7 +65,7 @@ def to_huggingface(
         InputError: `path` is not a whole model directory, or `out` exists.
     """
     with new_directory(out) as directory:
-        model = load_model(path, shardings=SingleDeviceSharding(jax.local_devices(backend="cpu")[0]))
+        model = load_model(path, shardings=SingleDeviceSharding(_host()))
         original = model.provenance.get("huggingface", {})
         news = [_tensor(model, tensor, original, dtype) for tensor in tensors(model.spec.architecture)]
         files = write_checkpoint(directory, news, shard_bytes)
@@ -81,6 +81,14 @@ def to_huggingface(
             save_tokenizer(model.tokenizer, directory)
         routers = _write_routers(directory, model)
     return Written(model.spec, news, routers, files + ([ROUTERS] if routers else []))
+
+
+def _host() -> jax.Device:
+    """The host as a device, so that a model larger than an accelerator can be written."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names accelerators only
+        return jax.local_devices()[0]
 
 
 def _tensor(model: LoadedModel, tensor: Tensor, original: dict[str, Any], dtype: Storage | None) -> NewTensor:
