@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import ArrayLike
 
 from qtale_jax.artifact import LoadedModel, load_model, save_model
 from qtale_jax.data.tokens import encode, encode_pairs
@@ -65,10 +65,8 @@ class Model:
     provenance: dict[str, Any]
     compute_dtype: str = "float32"
 
-    def forward(
-        self, tokens: Int[Array, "b t"], lengths: Int[Array, " b"] | None = None, policy: Policy | None = None
-    ) -> Output:
-        """Logits and routing of right-padded token rows under `policy`, by default the model's thresholds."""
+    def forward(self, tokens: ArrayLike, lengths: ArrayLike | None = None, policy: Policy | None = None) -> Output:
+        """Logits and routing of right-padded (batch, length) rows under `policy`, by default the model's thresholds."""
         policy = inference_policy(self.spec) if policy is None else policy
         return _forward(
             self.spec.structure,

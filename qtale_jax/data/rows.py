@@ -38,7 +38,7 @@ def build_rows(examples: Sequence[Tokens], length: int, packing: bool) -> Rows:
     """Lays examples out; every example has at most `length` tokens."""
     groups = first_fit([len(e.ids) for e in examples], length) if packing else [[i] for i in range(len(examples))]
     shape = (len(groups), length)
-    out = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids")}
+    out: Rows = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids")}
     out["weights"] = np.zeros(shape, np.float32)
     for row, members in enumerate(groups):
         at = 0

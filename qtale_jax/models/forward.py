@@ -4,9 +4,10 @@ This is masked execution: every layer is computed for every token and its result
 the reference that anything which really skips is tested against.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from qtale_jax.models.stacking import is_stacked, stacks
 from qtale_jax.parallel.axes import constrain
 
 Remat = Literal["none", "dots", "full"]
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 @jax.tree_util.register_dataclass
@@ -60,7 +62,7 @@ def positions_of(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
-def _merge(module: nnx.Module, params: Parameters) -> nnx.Module:
+def _merge(module: Module, params: Parameters) -> Module:
     return nnx.merge(nnx.graphdef(module), params)
 
 
@@ -90,23 +92,11 @@ def _route(block, hidden, context, initial, policy, routed, layer):
 
 
 def _run_block(
-    spec,
-    layer,
-    routed,
-    params,
-    hidden,
-    context,
-    initial,
-    policy,
-    cache,
-    dropout_key,
-    graph_layer,
-    transform,
-    conditional,
+    params, hidden, cache, *, layer, routed, kind, conditional, spec, context, initial, policy, dropout_key, transform
 ):
-    """One layer: route, run, keep. `layer` and `routed` may be traced; `graph_layer` is a static layer of its kind."""
+    """One layer: route, run, keep. `layer` and `routed` may be traced; `kind` is a static layer of its make."""
     params = transform(params) if transform else params
-    block = _merge(skeleton(spec).layers[graph_layer], params)
+    block = _merge(skeleton(spec).layers[kind], params)
     execute, gate, logits = _route(block, hidden, context, initial, policy, routed, layer)
     key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
 
@@ -143,61 +133,41 @@ def run_layers(
     dropout_key: PRNGKeyArray | None = None,
     remat: Remat = "none",
     layer_transform: Callable[[Parameters], Parameters] | None = None,
-) -> tuple[Float[Array, "b t d"], Routing, Float[Array, "b t r"] | None, dict[int, LayerCache] | None]:
+) -> tuple[Float[Array, "b t d"], Routing, Float[Array, "b t r"] | None, dict[int, LayerCache]]:
     """Runs all layers; scans over stacked parameters, unrolls the other layout (the only one with caches)."""
     always_on = len(stacks(spec).get("always_on", ()))
-    records = []
+    run = functools.partial(
+        _run_block,
+        spec=spec,
+        context=context,
+        initial=initial,
+        policy=policy,
+        dropout_key=dropout_key,
+        transform=layer_transform,
+    )
+    records, kept = [], {}
     if is_stacked(params):
         for name, layers in stacks(spec).items():
 
-            def body(carry, inputs, graph_layer=layers[0]):
-                index, layer_params = inputs
-                carry, _, record = _run_block(
-                    spec,
-                    index,
-                    index - always_on,
-                    layer_params,
-                    carry,
-                    context,
-                    initial,
-                    policy,
-                    None,
-                    dropout_key,
-                    graph_layer,
-                    layer_transform,
-                    False,
+            def body(carry, inputs, kind=layers[0]):
+                layer, layer_params = inputs
+                routed = layer - always_on
+                out, _, record = run(
+                    layer_params, carry, None, layer=layer, routed=routed, kind=kind, conditional=False
                 )
-                return carry, record
+                return out, record
 
             indices = jnp.asarray(layers, jnp.int32)
             hidden, record = jax.lax.scan(_checkpointed(body, remat), hidden, (indices, params["layers"][name]))
             records.append(record)
     else:
-        caches = dict(caches) if caches is not None else None
         for layer in range(spec.architecture.num_layers):
-            cache = caches[layer] if caches is not None else None
-
-            def step(layer_params, hidden, cache, layer=layer):
-                return _run_block(
-                    spec,
-                    layer,
-                    layer - always_on,
-                    layer_params,
-                    hidden,
-                    context,
-                    initial,
-                    policy,
-                    cache,
-                    dropout_key,
-                    layer,
-                    layer_transform,
-                    True,
-                )
-
-            hidden, cache, record = _checkpointed(step, remat)(params["layers"][layer], hidden, cache)
+            one = functools.partial(run, layer=layer, routed=layer - always_on, kind=layer, conditional=True)
+            cache = caches[layer] if caches else None
+            hidden, cache, record = _checkpointed(one, remat)(params["layers"][layer], hidden, cache)
             records.append(jax.tree.map(lambda leaf: leaf[None], record))
-            if caches is not None:
-                caches[layer] = cache
+            if cache is not None:
+                kept[layer] = cache
 
     def joined(part: int):
         parts = [jnp.moveaxis(record[part], 0, 2) for record in records if record[part] is not None]
@@ -207,7 +177,7 @@ def run_layers(
     assert execute is not None, "every layer decides"
     if logits is None:
         logits = jnp.zeros((*hidden.shape[:2], 0, 2), jnp.float32)
-    return hidden, Routing(logits, execute), joined(2), caches
+    return hidden, Routing(logits, execute), joined(2), kept
 
 
 def forward(

@@ -157,7 +157,7 @@ def _builder(data_dir: str | os.PathLike[str], config: str) -> Reasoning:
     return Reasoning(data_dir=os.fspath(data_dir), config=config, file_format="array_record")
 
 
-def load(data_dir: str | os.PathLike[str], split: str, config: str = "full") -> Sequence[Mapping[str, Any]]:
+def load(data_dir: str | os.PathLike[str], split: str, config: str = "full") -> Any:
     """Returns a random-access data source of one split, generating the data set first where it is absent.
 
     Args:
