@@ -60,7 +60,7 @@ def finished(tmp_path_factory, make_config):
 @pytest.mark.slow
 def test_step_is_compiled_once(finished):
     _, compiled, _ = finished
-    names = [name for name in compiled if "TrainStep" in name]
+    names = [name for name in compiled if "train_step" in name]
     assert len(names) == 1, sorted(compiled)
     assert len([name for name in compiled if "batch_nats" in name]) == 1
 
@@ -85,6 +85,23 @@ def test_what_is_written_is_a_whole_model_with_its_history(finished):
     assert model.provenance["config"]["train"]["steps"] == config.train.steps
     assert model.tokenizer is not None
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model.params))
+
+
+@pytest.mark.slow
+def test_fine_tune_of_a_parent_distils_from_it(finished, tmp_path, make_config):
+    """The teacher survives the steps, whose state is donated, and the first divergence is that of sampled routes."""
+    parent, _, _ = finished
+    train_section = {"steps": 2, "parameters": "adapters", "distillation": {"weight": 1.0}}
+    config = make_config(model={"path": str(parent)}, train=train_section)
+    path = train(config.model_copy(update={"output": str(tmp_path / "run")}), quiet=True)
+    rows = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["distillation"] > 0 for row in rows)
+    before, after = load_model(parent).params, load_model(path).params
+    np.testing.assert_array_equal(before["layers"][2]["mlp"]["up"]["kernel"], after["layers"][2]["mlp"]["up"]["kernel"])
+    assert not np.array_equal(
+        before["layers"][2]["attention"]["query"]["kernel"], after["layers"][2]["attention"]["query"]["kernel"]
+    )
 
 
 def test_best_checkpoint_outlives_newer_ones(tmp_path, trainer):

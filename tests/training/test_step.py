@@ -17,6 +17,7 @@ def copied(flat):
     return {path: np.asarray(leaf).copy() for path, leaf in flat.items()}
 
 
+@pytest.mark.slow
 def test_dense_loss_is_the_mean_cross_entropy_of_the_weighted_targets(trainer, batch):
     run = trainer(**DENSE)
     logits = np.asarray(
@@ -37,6 +38,7 @@ def test_dense_loss_is_the_mean_cross_entropy_of_the_weighted_targets(trainer, b
     assert int(run.state.step) == 1 and int(run.state.bad_step) == -1
 
 
+@pytest.mark.slow
 def test_microbatches_take_the_same_step(trainer, batch):
     batch["weights"][:3, 2:] = 0  # parts of unequal weight: means of means would be wrong
     runs = [trainer(**DENSE, train={"microbatches": parts}) for parts in (1, 2)]
@@ -69,9 +71,8 @@ def test_loss_is_the_sum_of_its_parts(trainer, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_only_adapters_and_routers_move(trainer, batch, dtype):
-    run = trainer(model={"dtype": dtype}, train={"parameters": "adapters"})
+def test_only_adapters_and_routers_move(trainer, batch):
+    run = trainer(model={"dtype": "bfloat16"}, train={"parameters": "adapters"})
     frozen, before = copied(run.start.frozen), copied(run.start.trainable)
     for seed in range(2):
         run.advance(batch, seed)
@@ -125,15 +126,12 @@ def test_quantizer_acts_on_every_kth_step_only(trainer, batch):
 
 @pytest.mark.slow
 def test_distillation_from_the_dense_start(trainer, batch):
-    """The teacher is the starting model without routers; its divergence from what the student samples is positive."""
-    run = trainer(train={"parameters": "adapters"})
-    flat = run.start.trainable | run.start.frozen
-    run.teacher = {path: leaf for path, leaf in flat.items() if "/lora/" not in path}
-    metrics = run.advance(batch)
-    assert metrics["distillation"] > 0
-    still = trainer(**DENSE | {"train": {"parameters": "all"}})
-    still.teacher = dict(still.start.trainable)
-    assert still.advance(batch)["distillation"] == pytest.approx(0, abs=1e-6)
+    """A student that is its teacher diverges by nothing; after a step it does."""
+    run = trainer(**DENSE)
+    run.teacher = dict(run.start.trainable)
+    divergence = [run.advance(batch)["distillation"] for _ in range(2)]
+    assert divergence[0] == pytest.approx(0, abs=1e-6)
+    assert divergence[1] > 1e-6
 
 
 def test_bad_step_is_remembered_and_parameters_are_left_alone(trainer, batch):
