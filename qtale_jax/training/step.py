@@ -75,7 +75,6 @@ class TrainStep:
     def __init__(self, spec: ModelSpecification, config: Config, optimizer: optax.GradientTransformation, steps: int):
         self.__name__ = "train_step"  # what the compiled program is called in traces and compilation logs
         self.spec, self.config, self.optimizer, self.steps = spec, config, optimizer, steps
-        self.__name__ = "train_step"  # what compilation logs and profiles call it
         self.forward = functools.partial(
             forward, compute_dtype=jnp.dtype(config.train.compute_dtype), remat=config.train.remat
         )
