@@ -1,7 +1,7 @@
 """QTALE-JAX: token-adaptive layer execution that survives quantization.
 
 import qtale_jax
-model = qtale_jax.load("runs/quickstart/qtale-seed0/rtn-3bit-sym-calibrated")
+model = qtale_jax.load("runs/quickstart/qtale-seed0/rtn-3bit-sym-ratio0.6")
 model.generate(["..."], max_new_tokens=20)
 """
 
