@@ -96,6 +96,7 @@ def test_routing_of_a_text(model):
     assert routing.executed_ratio == routing.execute.mean()
 
 
+@pytest.mark.slow
 def test_generation(model):
     generations = model.generate([PROMPT, OTHER], max_new_tokens=4)
     assert all(isinstance(one, qtale_jax.Generation) for one in generations)
@@ -126,6 +127,7 @@ def test_impossible_generations_are_refused(model, arguments):
         model.generate([PROMPT], **arguments)
 
 
+@pytest.mark.slow
 def test_scores(model):
     pairs = [(PROMPT, " " + WORDS[20]), (OTHER, " ".join(["", *WORDS[30:33]])), ("", WORDS[4])]
     scores = model.score(pairs)

@@ -193,6 +193,7 @@ def test_split_depends_on_the_query_alone() -> None:
     assert shares["test"] / len(queries) == pytest.approx(0.10, abs=0.02)
 
 
+@pytest.mark.slow
 def test_full_sized_splits_are_disjoint_balanced_and_without_repetition() -> None:
     config = next(config for config in reasoning.Reasoning.BUILDER_CONFIGS if config.name == "full")
     sizes = {split: getattr(config, split) for split in reasoning.SPLITS}
@@ -204,6 +205,7 @@ def test_full_sized_splits_are_disjoint_balanced_and_without_repetition() -> Non
         assert [example["task"] for example in members] == list(TASK_NAMES) * sizes[split]
 
 
+@pytest.mark.slow
 def test_sizes_beyond_the_query_space_are_refused() -> None:
     with pytest.raises(ValueError, match="task 'sum' has too few distinct queries"):
         reasoning.generate_splits({"test": 2_500}, seed=0)

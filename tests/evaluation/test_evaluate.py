@@ -27,6 +27,8 @@ from qtale_jax.models.decoder import initialize
 from qtale_jax.quantization.pipeline import quantize_parameters
 from qtale_jax.reporting.results import RESULT_KEYS, read_evaluation
 
+pytestmark = pytest.mark.slow
+
 NOTHING = Counted(*(np.zeros(()) for _ in range(7)))
 
 

@@ -9,6 +9,8 @@ from qtale_jax.inference.generation import generate
 from qtale_jax.inference.policies import inference_policy
 from qtale_jax.models.forward import forward
 
+pytestmark = pytest.mark.slow
+
 NEW, WIDTH = 6, 8
 
 reference = jax.jit(forward, static_argnums=0)

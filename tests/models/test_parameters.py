@@ -143,6 +143,7 @@ def test_layers_of_different_formats_do_not_stack(make_spec):
         stack_layers(spec, abstract_parameters(spec))
 
 
+@pytest.mark.slow
 def test_merged_adapters_equal_adapters_beside(make_spec, make_params, run, tokens):
     spec = make_spec(routing={"always_on_layers": 1}, lora={"targets": ("query", "value", "down"), "dropout": 0.1})
     params = make_params(spec)

@@ -22,6 +22,8 @@ from qtale_jax.quantization.pipeline import quantize_parameters
 from qtale_jax.quantization.rounding import fake_quantize
 from qtale_jax.quantization.storage import storage_bytes
 
+pytestmark = pytest.mark.slow
+
 ARCHITECTURE = Architecture(
     vocab_size=23,
     hidden_size=32,
@@ -48,7 +50,6 @@ def linears_of(layer) -> dict:
     return layer["attention"] | layer["mlp"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "group"), [(4, -1), (3, 16)])
 def test_quantized_model_computes_with_the_rounded_weights(model, bits, group):
     spec, params = model

@@ -12,6 +12,8 @@ from qtale_jax.quantization.rounding import fake_quantize
 from qtale_jax.quantization.storage import unstore
 from qtale_jax.quantize import run_stage
 
+pytestmark = pytest.mark.slow
+
 SPEC = ModelSpecification(
     architecture=Architecture(
         vocab_size=23,
@@ -103,7 +105,6 @@ def test_bfloat16_models_keep_their_type(tmp_path):
     assert loaded.params["layers"][0]["mlp"]["up"]["quantized"]["values"].dtype == jnp.int8
 
 
-@pytest.mark.slow
 def test_command_line(parent, tmp_path, run_module):
     (tmp_path / "c.yaml").write_text(f"quantize: {{model: {parent}, bits: 4}}\n")
     arguments = ("c.yaml", "quantize.output=out", "quantize.group_size=16")

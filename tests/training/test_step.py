@@ -134,6 +134,7 @@ def test_distillation_from_the_dense_start(trainer, batch):
     assert divergence[1] > 1e-6
 
 
+@pytest.mark.slow
 def test_bad_step_is_remembered_and_parameters_are_left_alone(trainer, batch):
     run = trainer(**DENSE)
     run.advance(batch)

@@ -23,6 +23,8 @@ from qtale_jax.models.specification import (
     TensorFormat,
 )
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("llama2", "llama3_1", "grouped", "tied")
 STORED = {"llama2": "float32", "llama3_1": "float32", "grouped": "float16", "tied": "bfloat16"}
 
