@@ -1,7 +1,7 @@
-"""`python -m qtale_jax.quantize CONFIG [key=value ...]`: rounds the linears of a model to few bits."""
+"""`python -m qtale_jax.quantize CONFIG [key=value ...]`: stores the linears of a model in few bits."""
 
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from qtale_jax.command import STAGES, parse, run
@@ -9,35 +9,56 @@ from qtale_jax.config.schema import Config
 
 
 def run_stage(config: Config, *, quiet: bool = False) -> Path:
-    """Reads `quantize.model`, writes `quantize.output`, prints a table; returns the new model directory.
+    """Reads `quantize.model`, writes `quantize.output`; prints a plan, progress and a table.
+
+    A process that was killed goes on where it was when the same command is given again.
+
+    Returns:
+        The new model directory.
 
     Raises:
         InputError: bad input, or the output exists.
     """
+    import jax.numpy as jnp
     from rich.console import Console
-    from rich.progress import Progress
 
     from qtale_jax import paths
-    from qtale_jax.artifact import lineage, load_model, refuse_existing, save_model, weight_bytes
-    from qtale_jax.quantization.pipeline import quantize_parameters
-    from qtale_jax.reporting.console import quantization_table
+    from qtale_jax.artifact import refuse_existing, weight_bytes
+    from qtale_jax.models.decoder import abstract_parameters
+    from qtale_jax.quantization.plan import peak_resident_bytes, plan
+    from qtale_jax.quantization.streaming import QuantizationRun
+    from qtale_jax.reporting.console import layer_progress, plan_table, quantization_tables
 
     source, target = Path(config.quantize.model or paths.trained(config)), paths.quantized(config)
     refuse_existing(target)
-    loaded = load_model(source)
-    before = weight_bytes(loaded.params)
+    if config.quantize.bits == 16:
+        return _copy(source, target)
+    job = QuantizationRun(source, config)
+    shape = None if job.rows is None else (job.rows.tokens.shape[0], job.rows.tokens.shape[1])
+    expected = plan(job.spec, job.formats, config.quantize, shape, jnp.dtype(config.train.compute_dtype))
     console = Console(stderr=True)
-    with Progress(console=console, disable=quiet or not console.is_terminal) as progress:
-        task = progress.add_task("quantizing", total=loaded.spec.architecture.num_layers)
-        spec, params, report = quantize_parameters(
-            loaded.spec, loaded.params, config.quantize, lambda _: progress.advance(task)
-        )
-    quantizer = config.quantize.model_dump(exclude={"model", "output"})
-    layers = [asdict(layer) for layer in report]
-    provenance = lineage("quantize", source, loaded.provenance, quantizer=quantizer, layers=layers)
-    save_model(target, spec, params, tokenizer=loaded.tokenizer, provenance=provenance)
     if not quiet:
-        Console().print(quantization_table(report, before, weight_bytes(params)))
+        console.print(plan_table(expected))
+    with layer_progress(console, job.spec.architecture.num_layers, quiet) as say:
+        reports = job.carry_out(target, say)
+    if not quiet:
+        sizes = [weight_bytes(abstract_parameters(spec)) for spec in (job.spec, job.quantized_spec)]
+        for table in quantization_tables(reports, *sizes):
+            # A log file has room for a row in one line; a terminal knows its own width.
+            Console(width=None if sys.stdout.isatty() else 150).print(table)
+        reached = peak_resident_bytes()
+        if reached:
+            console.print(f"peak memory of the process {reached / 1e9:.2f} GB, planned {expected.peak / 1e9:.2f} GB")
+    return target
+
+
+def _copy(source: Path, target: Path) -> Path:
+    """The model as it is, so that 16 bits are one more entry of a grid."""
+    from qtale_jax.artifact import lineage, load_model, save_model
+
+    model = load_model(source)
+    provenance = lineage("quantize", source, model.provenance)
+    save_model(target, model.spec, model.params, tokenizer=model.tokenizer, provenance=provenance)
     return target
 
 

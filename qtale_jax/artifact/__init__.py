@@ -9,8 +9,9 @@ A directory is written under a temporary name and renamed when whole, so a reade
 
 from qtale_jax.artifact.arrays import Deferred, saving_context
 from qtale_jax.artifact.atomic import new_directory, refuse_existing
-from qtale_jax.artifact.directory import LoadedModel, fingerprint, load_model, save_model
+from qtale_jax.artifact.directory import LoadedModel, StoredModel, fingerprint, load_model, save_model
 from qtale_jax.artifact.document import FORMAT, ModelDocument, read_model_json, versions
+from qtale_jax.artifact.growing import GrowingModel
 from qtale_jax.artifact.lineage import lineage
 from qtale_jax.artifact.sizes import weight_bytes
 from qtale_jax.artifact.tokenizer import load_tokenizer, save_tokenizer
@@ -18,8 +19,10 @@ from qtale_jax.artifact.tokenizer import load_tokenizer, save_tokenizer
 __all__ = [
     "FORMAT",
     "Deferred",
+    "GrowingModel",
     "LoadedModel",
     "ModelDocument",
+    "StoredModel",
     "fingerprint",
     "lineage",
     "load_model",

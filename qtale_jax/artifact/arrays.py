@@ -5,7 +5,7 @@ model, and let a checkpoint be converted while no more than one part of it is in
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,18 @@ def saving_context() -> ocp.Context:
     return context
 
 
-def write_arrays(directory: Path, flat: Flat) -> None:
-    """Writes leaves (JAX or NumPy arrays, or `Deferred`) below `directory`, which must not exist.
+def write_arrays(directory: Path, flat: Flat, first_part: int = 0, part_bytes: float | None = None) -> int:
+    """Writes leaves (JAX or NumPy arrays, or `Deferred`) below `directory`, as parts from `first_part` on.
+
+    A part takes leaves as long as it holds at most `part_bytes` (default: PART_BYTES).
 
     float32, bfloat16, float16, int8, int4, uint8 and uint32 come back bit for bit; Orbax cannot store uint4.
+
+    Returns:
+        The number of the next part.
     """
-    for index, names in enumerate(_parts(flat)):
+    parts = list(_parts(flat, PART_BYTES if part_bytes is None else part_bytes))
+    for index, names in enumerate(parts, first_part):
         leaves = {}
         for name in names:
             leaf = flat[name]
@@ -79,13 +85,14 @@ def write_arrays(directory: Path, flat: Flat) -> None:
         with saving_context():
             part = (directory / f"part-{index:05d}").resolve()
             ocp.save(str(part), traverse_util.unflatten_dict(leaves, sep="/"))
+    return first_part + len(parts)
 
 
-def _parts(flat: Flat) -> Iterator[list[str]]:
+def _parts(flat: Flat, most: float) -> Iterator[list[str]]:
     names, held = [], 0
     for name, leaf in flat.items():
         size = array_bytes(leaf)
-        if names and held + size > PART_BYTES:
+        if names and held + size > most:
             yield names
             names, held = [], 0
         names.append(name)
@@ -100,17 +107,50 @@ def read_arrays(directory: Path, expected: dict[str, jax.ShapeDtypeStruct]) -> F
     Raises:
         InputError: names, shapes or types differ from what is expected, or the files are damaged.
     """
-    stored = {part: _metadata(part) for part in sorted(directory.glob("part-*"))}
-    _check_contents(directory, {name: leaf for leaves in stored.values() for name, leaf in leaves.items()}, expected)
-    flat = {}
-    for part, leaves in stored.items():
-        abstract = traverse_util.unflatten_dict({name: expected[name] for name in leaves}, sep="/")
-        try:
-            loaded = ocp.load(str(part.resolve()), abstract)
-        except Exception as error:  # whatever Orbax and TensorStore find wrong with the files
-            raise InputError(f"{part} is damaged: {_first_line(error)}") from error
-        flat |= traverse_util.flatten_dict(loaded, sep="/")
-    return {name: flat[name] for name in expected}
+    return ArrayFiles(directory, expected).read(expected)
+
+
+class ArrayFiles:
+    """The parts below a directory, of which leaves are read when they are wanted."""
+
+    def __init__(self, directory: Path, expected: dict[str, jax.ShapeDtypeStruct], only: str = "part-*"):
+        """Reads what the parts hold, but no array.
+
+        Args:
+            directory: where the parts are.
+            expected: all that they hold, with the sharding in which it is wanted.
+            only: pattern of the parts that count.
+
+        Raises:
+            InputError: names, shapes or types differ from what is expected, or the files are damaged.
+        """
+        stored = {part: _metadata(part) for part in sorted(directory.glob(only))}
+        _check_contents(
+            directory, {name: leaf for leaves in stored.values() for name, leaf in leaves.items()}, expected
+        )
+        self._expected = expected
+        self._parts = {part: tuple(leaves) for part, leaves in stored.items()}
+
+    def read(self, names: Iterable[str]) -> Flat:
+        """Reads some leaves, in the order of `names`.
+
+        Raises:
+            InputError: the files are damaged.
+        """
+        wanted, flat = dict.fromkeys(names), {}
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        for part, leaves in self._parts.items():
+            chosen = {name: self._expected[name] for name in leaves if name in wanted}
+            if not chosen:
+                continue
+            try:
+                with context:
+                    loaded = ocp.load(str(part.resolve()), traverse_util.unflatten_dict(chosen, sep="/"))
+            except Exception as error:  # whatever Orbax and TensorStore find wrong with the files
+                raise InputError(f"{part} is damaged: {_first_line(error)}") from error
+            flat |= traverse_util.flatten_dict(loaded, sep="/")
+        return {name: flat[name] for name in wanted}
 
 
 def _metadata(part: Path) -> Flat:

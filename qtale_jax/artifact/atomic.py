@@ -55,7 +55,7 @@ def new_directory(
         yield temporary
         _wait("written", token)
         if first:
-            _flush(temporary)
+            flush(temporary)
             _replace(path, temporary, token)
         _wait("renamed", token)
     finally:
@@ -92,8 +92,8 @@ def _wait(what: str, token: str) -> None:
         multihost_utils.sync_global_devices(f"{what}-{token}")
 
 
-def _flush(root: Path) -> None:
-    """A rename is only safe after a power cut when what it names has reached the disk."""
+def flush(root: Path) -> None:
+    """Writes all files below `root` through: a rename is only safe after a power cut when what it names is on disk."""
     for directory, _, files in os.walk(root):
         for name in files:
             with open(os.path.join(directory, name), "rb") as file:

@@ -1,15 +1,16 @@
 """Saving and loading a model directory."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+from flax import traverse_util
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from qtale_jax.artifact.arrays import Flat, flatten, nest, read_arrays, write_arrays
+from qtale_jax.artifact.arrays import ArrayFiles, Flat, flatten, nest, write_arrays
 from qtale_jax.artifact.atomic import new_directory
 from qtale_jax.artifact.document import ModelDocument, read_model_json, versions
 from qtale_jax.artifact.integrity import check_contents, check_files, record_files
@@ -87,22 +88,55 @@ def load_model(path: str | Path, *, shardings: Parameters | Sharding | None = No
     Raises:
         InputError: missing, truncated or damaged (with the file), or arrays that do not match model.json.
     """
-    path = Path(path)
-    document = read_model_json(path)
-    check_files(path / "arrays", document.files)
-    check_contents(path / "arrays", document.files)
-    abstract = flatten(abstract_parameters(document.spec))
-    if shardings is None:
-        shardings = SingleDeviceSharding(jax.local_devices()[0])
-    placed = dict.fromkeys(abstract, shardings) if isinstance(shardings, Sharding) else flatten(shardings)
-    expected = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed[name]) for name, leaf in abstract.items()
-    }
-    tokenizer = load_tokenizer(path)
-    if tokenizer is not None:
-        check_tokenizer(tokenizer, document.spec.architecture.vocab_size, str(path))
-    params = nest(read_arrays(path / "arrays", expected))
-    return LoadedModel(document.spec, params, tokenizer, document.provenance)
+    stored = StoredModel(path, shardings=shardings)
+    return LoadedModel(stored.spec, nest(stored.read()), stored.tokenizer, stored.provenance)
+
+
+class StoredModel:
+    """A model directory that is open: what it is, and its arrays when they are asked for."""
+
+    def __init__(self, path: str | Path, *, shardings: Parameters | Sharding | None = None):
+        """Checks the files and reads everything but the arrays.
+
+        Args:
+            path: the model directory.
+            shardings: as in `load_model`.
+
+        Raises:
+            InputError: missing, truncated or damaged (with the file), or arrays that do not match model.json.
+        """
+        path = Path(path)
+        document = read_model_json(path)
+        check_files(path / "arrays", document.files)
+        check_contents(path / "arrays", document.files)
+        self.spec, self.provenance = document.spec, document.provenance
+        self.abstract = flatten(abstract_parameters(document.spec))
+        if shardings is None:
+            shardings = SingleDeviceSharding(jax.local_devices()[0])
+        placed = dict.fromkeys(self.abstract, shardings) if isinstance(shardings, Sharding) else flatten(shardings)
+        expected = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed[name])
+            for name, leaf in self.abstract.items()
+        }
+        self.tokenizer = load_tokenizer(path)
+        if self.tokenizer is not None:
+            check_tokenizer(self.tokenizer, document.spec.architecture.vocab_size, str(path))
+        self._files = ArrayFiles(path / "arrays", expected)
+
+    def read(self, names: Iterable[str] | None = None) -> Flat:
+        """Arrays by path; all of them by default."""
+        return self._files.read(self.abstract if names is None else names)
+
+    def layer(self, index: int) -> Parameters:
+        """The parameters of one layer."""
+        prefix = f"layers/{index}/"
+        flat = self.read(name for name in self.abstract if name.startswith(prefix))
+        return traverse_util.unflatten_dict({name.removeprefix(prefix): leaf for name, leaf in flat.items()}, sep="/")
+
+    def part(self, name: str) -> Parameters:
+        """The parameters outside the layers: embedding, head (absent in tied models: empty) or final_norm."""
+        flat = self.read(path for path in self.abstract if path.startswith(f"{name}/"))
+        return {path.split("/", 1)[1]: leaf for path, leaf in flat.items()}
 
 
 def fingerprint(path: str | Path) -> str:

@@ -78,9 +78,14 @@ def _check_architecture(config: Config) -> None:
 
 
 def _group_sizes(config: Config) -> Iterator[tuple[str, int]]:
-    """Yields (key, group size) of every quantizer that would run on the model initialised here."""
-    if config.quantize.model is None:
+    """Yields (key, group size) of every quantizer that would run on the model initialised here.
+
+    Rules may give single linears another size; the stage checks those when it sees the model.
+    """
+    if config.quantize.model is None and not config.quantize.rules:
         yield "quantize.group_size", config.quantize.group_size
     yield "train.quantization_aware.group_size", config.train.quantization_aware.group_size
     for index, quantizer in enumerate(config.experiment.quantizers):
+        if quantizer.rules:
+            continue
         yield f"experiment.quantizers.{index}.group_size", quantizer.group_size

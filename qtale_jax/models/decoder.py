@@ -30,9 +30,13 @@ class FeedForward(nnx.Module):
         self.up: Linear = make_linear("up", ("embed", "mlp"))
         self.down: Linear = make_linear("down", ("mlp", "embed"))
 
+    def activate(self, x: Float[Array, "b t d"], keys: tuple[PRNGKeyArray | None, ...]) -> Float[Array, "b t m"]:
+        """The input of `down`."""
+        return jax.nn.silu(self.gate(x, keys[0])) * self.up(x, keys[1])
+
     def __call__(self, x: Float[Array, "b t d"], keys: tuple[PRNGKeyArray | None, ...]) -> Float[Array, "b t d"]:
         """Applies the MLP; `keys` turn on the dropout of adapters on gate, up and down."""
-        return self.down(jax.nn.silu(self.gate(x, keys[0])) * self.up(x, keys[1]), keys[2])
+        return self.down(self.activate(x, keys), keys[2])
 
 
 @jax.tree_util.register_dataclass
@@ -100,7 +104,13 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(architecture.hidden_size, architecture.norm_eps)
         self.mlp = FeedForward(make_linear)
         if routing is not None and layer >= routing.always_on_layers:
-            self.router = Router(architecture.hidden_size, routing.router_hidden, architecture.norm_eps, rngs=rngs)
+            self.router = Router(
+                architecture.hidden_size,
+                routing.router_hidden,
+                architecture.norm_eps,
+                rngs=rngs,
+                format=spec.quantization.format(layer, "router") if spec.quantization else None,
+            )
         self.eviction = routing is not None and routing.eviction
 
     def __call__(
@@ -119,22 +129,45 @@ class Block(nnx.Module):
         (with `eviction_gradient` also through attention).
         """
         drop = (None,) * len(LINEARS) if dropout_key is None else tuple(jax.random.split(dropout_key, len(LINEARS)))
-        query, key, value = self.attention.project(self.attention_norm(hidden), context.tables, drop[:3])
+        key_gate = gate if eviction_gradient else None
+        attended, cache = self._attend(hidden, context, execute, key_gate, cache, drop[:3])
+        out = hidden + self.attention.output(attended, drop[3])
+        out = out + self.mlp(self.mlp_norm(out), drop[4:])
+        if gate is None:
+            return jnp.where(execute[:, :, None], out, hidden), cache
+        weight = gate.astype(out.dtype)[:, :, None]
+        return weight * out + (1 - weight) * hidden, cache
+
+    def _attend(self, hidden, context, execute, gate, cache, drop):
+        """The input of the output projection, and the cache with this call's keys and values."""
+        query, key, value = self.attention.project(self.attention_norm(hidden), context.tables, drop)
         stays = execute if self.eviction else jnp.ones_like(execute)
         key_gate = None
         if cache is not None:
             assert context.slots is not None, "a cache needs the slot of every token"
             cache = cache.insert(context.slots, key, value, stays)
             key, value, stays = cache.key.astype(query.dtype), cache.value.astype(query.dtype), cache.kept
-        elif self.eviction and eviction_gradient and gate is not None:
+        elif self.eviction and gate is not None:
             key_gate = jnp.where(context.own, 1.0, gate[:, None, :])
         attended = attend(query, key, value, context.causal, stays[:, None, :] | context.own, key_gate)
-        out = hidden + self.attention.output(attended.reshape(*hidden.shape[:2], -1), drop[3])
-        out = out + self.mlp(self.mlp_norm(out), drop[4:])
-        if gate is None:
-            return jnp.where(execute[:, :, None], out, hidden), cache
-        weight = gate.astype(out.dtype)[:, :, None]
-        return weight * out + (1 - weight) * hidden, cache
+        return attended.reshape(*hidden.shape[:2], -1), cache
+
+    def linear_inputs(
+        self, hidden: Float[Array, "b t d"], context: Context, execute: Bool[Array, "b t"]
+    ) -> dict[str, Float[Array, "b t _"]]:
+        """What the linears multiply, by the first linear that reads it: query (key, value), output, gate (up), down.
+
+        Quantizers look at these. Keys and values of tokens that do not execute are evicted, as in a forward pass.
+        """
+        none = (None,) * 3
+        attended, _ = self._attend(hidden, context, execute, None, None, none)
+        between = self.mlp_norm(hidden + self.attention.output(attended))
+        return {
+            "query": self.attention_norm(hidden),
+            "output": attended,
+            "gate": between,
+            "down": self.mlp.activate(between, none),
+        }
 
 
 class Decoder(nnx.Module):
@@ -142,12 +175,14 @@ class Decoder(nnx.Module):
 
     def __init__(self, spec: ModelSpecification, *, rngs: nnx.Rngs):
         architecture, dtype = spec.architecture, jnp.dtype(spec.dtype)
-        self.embedding = Embedding(architecture.vocab_size, architecture.hidden_size, dtype=dtype, rngs=rngs)
+        formats = spec.quantization.formats if spec.quantization else {}
+        table = (architecture.vocab_size, architecture.hidden_size)
+        self.embedding = Embedding(*table, dtype=dtype, rngs=rngs, format=formats.get("embedding"))
         self.layers = nnx.List([Block(spec, layer, rngs=rngs) for layer in range(architecture.num_layers)])
         self.final_norm = RMSNorm(architecture.hidden_size, architecture.norm_eps)
         if not architecture.tied_head:
             shape = (architecture.hidden_size, architecture.vocab_size)
-            self.head = Linear(shape, axes=("embed", "vocab"), dtype=dtype, rngs=rngs)
+            self.head = Linear(shape, axes=("embed", "vocab"), dtype=dtype, rngs=rngs, format=formats.get("head"))
 
 
 @functools.lru_cache(maxsize=64)

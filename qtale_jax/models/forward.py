@@ -20,6 +20,7 @@ from qtale_jax.models.rotary import rotary_tables
 from qtale_jax.models.specification import ModelSpecification
 from qtale_jax.models.stacking import is_stacked, stacks
 from qtale_jax.parallel.axes import constrain
+from qtale_jax.quantization.linear import linear
 
 Remat = Literal["none", "dots", "full"]
 Module = TypeVar("Module", bound=nnx.Module)
@@ -62,7 +63,28 @@ def positions_of(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
-def _merge(module: Module, params: Parameters) -> Module:
+def context_of(
+    spec: ModelSpecification, tokens: Int[Array, "b t"], segment_ids: Int[Array, "b t"]
+) -> tuple[Context, Bool[Array, "b t"]]:
+    """What layers need to know about whole sequences, and the tokens that execute every layer.
+
+    Args:
+        spec: the model.
+        tokens: int32; negative ids are padding.
+        segment_ids: 0 for padding and equal ids for one example; examples do not see each other.
+    """
+    positions = positions_of(segment_ids)
+    present = (segment_ids > 0) & (tokens >= 0)
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    earlier = index[None, :, None] >= index[None, None, :]
+    causal = (segment_ids[:, :, None] == segment_ids[:, None, :]) & present[:, None, :] & earlier
+    own = jnp.broadcast_to(index[None, :, None] == index[None, None, :], causal.shape)
+    always_on_tokens = spec.routing.always_on_tokens if spec.routing else 0
+    return Context(rotary_tables(spec.architecture, positions), causal, own, present), positions < always_on_tokens
+
+
+def merge(module: Module, params: Parameters) -> Module:
+    """The module with the given parameters in the place of its own."""
     return nnx.merge(nnx.graphdef(module), params)
 
 
@@ -70,19 +92,22 @@ def embed(
     spec: ModelSpecification, params: Parameters, tokens: Int[Array, "b t"], dtype: jnp.dtype
 ) -> Float[Array, "b t d"]:
     """Looks tokens up in the embedding table; padding ids (negative) read row 0, as beyond the table there is NaN."""
-    hidden = _merge(skeleton(spec).embedding, params["embedding"])(jnp.maximum(tokens, 0)).astype(dtype)
+    hidden = merge(skeleton(spec).embedding, params["embedding"])(jnp.maximum(tokens, 0)).astype(dtype)
     return constrain(hidden, "batch", "length", "activation_embed")
 
 
 def unembed(spec: ModelSpecification, params: Parameters, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
     """Final norm and head; logits in float32."""
-    hidden = _merge(skeleton(spec).final_norm, params["final_norm"])(hidden)
-    kernel = params["embedding"]["table"].T if spec.architecture.tied_head else params["head"]["kernel"]
-    logits = jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    hidden = merge(skeleton(spec).final_norm, params["final_norm"])(hidden)
+    if spec.architecture.tied_head:
+        weight = merge(skeleton(spec).embedding, params["embedding"]).head()
+    else:
+        weight = merge(skeleton(spec).head, params["head"]).weight()
+    logits = linear(hidden, weight, jnp.float32)
     return constrain(logits, "batch", "length", "activation_vocab")
 
 
-def _route(block, hidden, context, initial, policy, routed, layer):
+def route(block, hidden, context, initial, policy, routed, layer):
     """Decides one layer: (execute, gate or None, router logits or None)."""
     if not hasattr(block, "router"):
         return context.present, None, None
@@ -96,8 +121,8 @@ def _run_block(
 ):
     """One layer: route, run, keep. `layer` and `routed` may be traced; `kind` is a static layer of its make."""
     params = transform(params) if transform else params
-    block = _merge(skeleton(spec).layers[kind], params)
-    execute, gate, logits = _route(block, hidden, context, initial, policy, routed, layer)
+    block = merge(skeleton(spec).layers[kind], params)
+    execute, gate, logits = route(block, hidden, context, initial, policy, routed, layer)
     key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
 
     through_eviction = isinstance(policy, Sampled) and policy.eviction_gradient
@@ -219,21 +244,14 @@ def forward(
         index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
         limit = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32) if lengths is None else lengths
         segment_ids = (index < limit[:, None]).astype(jnp.int32)
-    positions = positions_of(segment_ids)
-    present = (segment_ids > 0) & (tokens >= 0)
-    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    earlier = index[None, :, None] >= index[None, None, :]
-    causal = (segment_ids[:, :, None] == segment_ids[:, None, :]) & present[:, None, :] & earlier
-    own = jnp.broadcast_to(index[None, :, None] == index[None, None, :], causal.shape)
-    context = Context(rotary_tables(spec.architecture, positions), causal, own, present)
-    always_on_tokens = spec.routing.always_on_tokens if spec.routing else 0
+    context, initial = context_of(spec, tokens, segment_ids)
     hidden = embed(spec, params, tokens, jnp.dtype(compute_dtype))
     hidden, routing, gates, _ = run_layers(
         spec,
         params,
         hidden,
         context,
-        positions < always_on_tokens,
+        initial,
         policy or Dense(),
         None,
         dropout_key,

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from qtale_jax.models.specification import TensorFormat
-from qtale_jax.quantization.linear import QuantizedWeight, linear
+from qtale_jax.quantization.linear import QuantizedWeight, Weight, linear
 from qtale_jax.quantization.storage import abstract as abstract_storage
 
 
@@ -32,19 +32,6 @@ class RMSNorm(nnx.Module):
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
         return (wide * jax.lax.rsqrt(mean_square + self.epsilon) * scale).astype(x.dtype)
-
-
-class Embedding(nnx.Module):
-    """Token table; also the output head of tied models."""
-
-    def __init__(self, vocab_size: int, size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        # About 0.02 at the sizes of published models, and rows of unit length at any size.
-        table = size**-0.5 * jax.random.normal(rngs.params(), (vocab_size, size), jnp.float32)
-        self.table = parameter(table.astype(dtype), ("vocab", "embed"))
-
-    def __call__(self, tokens: Int[Array, "..."]) -> Float[Array, "... d"]:
-        """Returns the rows of `tokens`."""
-        return jnp.take(self.table[...], tokens, axis=0)
 
 
 class LowRank(nnx.Module):
@@ -75,12 +62,45 @@ class Quantized(nnx.Module):
         self.scales = parameter(arrays["scales"], (None, axes[1]))
         if "zero_points" in arrays:
             self.zero_points = parameter(arrays["zero_points"], (None, axes[1]))
+        if "order" in arrays:
+            self.order = parameter(arrays["order"], (None,))
         self.shape, self.format = shape, format
 
     def weight(self) -> QuantizedWeight:
         """The weight as `quantization.linear` takes it."""
-        zero_points = None if self.format.symmetric else self.zero_points[...]
-        return QuantizedWeight(self.values[...], self.scales[...], zero_points, format=self.format, shape=self.shape)
+        return QuantizedWeight(
+            self.values[...],
+            self.scales[...],
+            None if self.format.symmetric else self.zero_points[...],
+            self.order[...] if self.format.permuted else None,
+            format=self.format,
+            shape=self.shape,
+        )
+
+
+class Embedding(nnx.Module):
+    """Token table; also the output head of tied models. Quantized, it is a matrix (size, vocabulary)."""
+
+    def __init__(
+        self, vocab_size: int, size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, format: TensorFormat | None = None
+    ):
+        if format is None:
+            # About 0.02 at the sizes of published models, and rows of unit length at any size.
+            table = size**-0.5 * jax.random.normal(rngs.params(), (vocab_size, size), jnp.float32)
+            self.table = parameter(table.astype(dtype), ("vocab", "embed"))
+        else:
+            self.quantized = Quantized((size, vocab_size), format, axes=("embed", "vocab"))
+        self.is_quantized = format is not None
+
+    def __call__(self, tokens: Int[Array, "..."]) -> Float[Array, "... d"]:
+        """Returns the rows of `tokens`."""
+        if self.is_quantized:
+            return self.quantized.weight().columns(tokens)
+        return jnp.take(self.table[...], tokens, axis=0)
+
+    def head(self) -> Weight:
+        """The table as the weight (size, vocabulary) of an output head."""
+        return self.quantized.weight() if self.is_quantized else self.table[...].T
 
 
 class Linear(nnx.Module):
@@ -107,7 +127,11 @@ class Linear(nnx.Module):
             self.lora = LowRank(*shape, rank, dropout, axes=axes, rngs=rngs)
         self.is_quantized, self.has_lora = format is not None, bool(rank)
 
+    def weight(self) -> Weight:
+        """The weight as `quantization.linear` takes it."""
+        return self.quantized.weight() if self.is_quantized else self.kernel[...]
+
     def __call__(self, x: Float[Array, "... i"], key: PRNGKeyArray | None = None) -> Float[Array, "... o"]:
         """Multiplies, and adds the adapter's output; with a key, its dropout is on."""
-        out = linear(x, self.quantized.weight() if self.is_quantized else self.kernel[...])
+        out = linear(x, self.weight())
         return out + self.lora(x, key) if self.has_lora else out

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from qtale_jax.models.layers import RMSNorm, parameter
+from qtale_jax.models.layers import Quantized, RMSNorm, parameter
+from qtale_jax.models.specification import TensorFormat
+from qtale_jax.quantization.linear import linear
 
 OPEN_BIAS = (0.1, 2.0)
 """Initial bias of (skip, execute): softmax gives p_execute = 0.87, so training starts near the dense model (D-LLM)."""
@@ -14,22 +16,31 @@ OPEN_BIAS = (0.1, 2.0)
 class Affine(nnx.Module):
     """x W + b in float32, initialised as U(-1/sqrt(inputs), 1/sqrt(inputs)) for both (the reference's default)."""
 
-    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs, format: TensorFormat | None = None):
         bound = inputs**-0.5
-        kernel = jax.random.uniform(rngs.params(), (inputs, outputs), jnp.float32, -bound, bound)
+        if format is None:
+            kernel = jax.random.uniform(rngs.params(), (inputs, outputs), jnp.float32, -bound, bound)
+            self.kernel = parameter(kernel, (None, None))
+        else:
+            self.quantized = Quantized((inputs, outputs), format, axes=(None, None))
         bias = jax.random.uniform(rngs.params(), (outputs,), jnp.float32, -bound, bound)
-        self.kernel, self.bias = parameter(kernel, (None, None)), parameter(bias, (None,))
+        self.bias = parameter(bias, (None,))
+        self.is_quantized = format is not None
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         """Applies the affine map to the last axis."""
-        return x @ self.kernel[...] + self.bias[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        weight = self.quantized.weight() if self.is_quantized else self.kernel[...]
+        return linear(x, weight) + self.bias[...].reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class Router(nnx.Module):
-    """Linear(d -> h) + bias, RMSNorm(h), SiLU, Linear(h -> 2) + bias; float32 whatever the compute type (D-LLM)."""
+    """Linear(d -> h) + bias, RMSNorm(h), SiLU, Linear(h -> 2) + bias; float32 whatever the compute type (D-LLM).
 
-    def __init__(self, size: int, hidden: int, epsilon: float, *, rngs: nnx.Rngs):
-        self.hidden = Affine(size, hidden, rngs=rngs)
+    `format` is how the first of the two, nearly all of the router, is stored.
+    """
+
+    def __init__(self, size: int, hidden: int, epsilon: float, *, rngs: nnx.Rngs, format: TensorFormat | None = None):
+        self.hidden = Affine(size, hidden, rngs=rngs, format=format)
         self.norm = RMSNorm(hidden, epsilon)
         self.output = Affine(hidden, 2, rngs=rngs)
         self.output.bias[...] = jnp.asarray(OPEN_BIAS, jnp.float32)

@@ -4,6 +4,7 @@
 not, and to run it. All classes are frozen and hashable, so that they can be static arguments of compiled functions.
 """
 
+from collections import Counter
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
@@ -86,15 +87,32 @@ class LoraSpecification(_Frozen, frozen=True):
     targets: tuple[str, ...] = ("query", "key", "value")
 
 
-class TensorFormat(_Frozen, frozen=True):
-    """How the weight of a linear is stored: integers with one scale per group of inputs and output channel.
+QUANTIZERS = ("rtn", "awq", "gptq", "magr", "magr+gptq")
+"""Post-training quantizers; "magr" rounds to nearest after MagR's preprocessing."""
 
-    `group_size` -1 is one group over all inputs. A group size that does not divide the inputs is refused earlier.
+Quantizer = Literal["rtn", "awq", "gptq", "magr", "magr+gptq"]
+ScaleType = Literal["float32", "bfloat16", "float16"]
+
+
+class TensorFormat(_Frozen, frozen=True):
+    """How a matrix is stored, and computed with: integers with one scale per group of inputs and output channel.
+
+    Attributes:
+        bits: width of the integers.
+        group_size: inputs per scale; -1 is one group over all inputs. One that does not divide is refused earlier.
+        symmetric: no zero points.
+        scale_dtype: type of the scales; weights are rounded to the grid of the stored scales.
+        activation_bits: 8: activations are rounded per token and the product is an integer dot; 16: they are not.
+        permuted: the inputs stand in another order, given by an array beside them (GPTQ checkpoints whose groups
+            follow the activation order).
     """
 
     bits: Literal[2, 3, 4, 8]
     group_size: int = -1
     symmetric: bool = False
+    scale_dtype: ScaleType = "float32"
+    activation_bits: Literal[8, 16] = 16
+    permuted: bool = False
 
     def groups(self, inputs: int) -> int:
         """Number of groups along `inputs`."""
@@ -102,21 +120,35 @@ class TensorFormat(_Frozen, frozen=True):
 
 
 class QuantizationSpecification(_Frozen, frozen=True):
-    """What post-training quantization did: `formats` has an entry per linear, `"{layer}/{name}"` -> format."""
+    """What post-training quantization did.
 
-    method: Literal["rtn"]
+    `formats` has an entry per quantized matrix: `"{layer}/{name}"` for the linears of a block, `"{layer}/router"` for
+    the wide matrix of a router, `"embedding"` (whose rows are its output channels) and `"head"`. What has none is in
+    floating point. `calibration` records the data that the quantizer saw.
+    """
+
+    method: Quantizer
     formats: dict[str, TensorFormat]
     calibration: dict[str, Any] = {}
 
     def format(self, layer: int, name: str) -> TensorFormat | None:
-        """Storage format of linear `name` of `layer`; None: floating point."""
+        """Storage format of linear `name` (or "router") of `layer`; None: floating point."""
         return self.formats.get(f"{layer}/{name}")
+
+    @property
+    def linears(self) -> dict[str, TensorFormat]:
+        """The formats of the linears of blocks."""
+        return {name: format for name, format in self.formats.items() if name.split("/")[-1] in LINEARS}
+
+    @property
+    def main_format(self) -> TensorFormat:
+        """The format that most linears have."""
+        return Counter(self.linears.values()).most_common(1)[0][0]
 
     @property
     def bits(self) -> int:
         """The bit width that most linears have: the key of `RoutingSpecification.thresholds`."""
-        widths = [entry.bits for entry in self.formats.values()]
-        return max(set(widths), key=widths.count)
+        return Counter(format.bits for format in self.linears.values()).most_common(1)[0][0]
 
     def __hash__(self) -> int:
         return hash((self.method, tuple(sorted(self.formats.items(), key=lambda item: item[0]))))

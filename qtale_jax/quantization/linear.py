@@ -4,10 +4,13 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import qwix
+from jaxtyping import Array, Float, Int, Int32
 
 from qtale_jax.models.specification import TensorFormat
-from qtale_jax.quantization.storage import unstore
+from qtale_jax.quantization import blockwise
+from qtale_jax.quantization.rounding import restore
+from qtale_jax.quantization.storage import PACKED, unstore
 
 
 @jax.tree_util.register_dataclass
@@ -17,25 +20,90 @@ class QuantizedWeight:
 
     values: Array
     scales: Float[Array, "g o"]
-    zero_points: Array | None
-    format: TensorFormat = field(metadata={"static": True})
-    shape: tuple[int, int] = field(metadata={"static": True})
+    zero_points: Array | None = None
+    order: Int32[Array, " i"] | None = None
+    """The input that each stored row belongs to; None: the rows stand in the order of the inputs."""
+    format: TensorFormat = field(kw_only=True, metadata={"static": True})
+    shape: tuple[int, int] = field(kw_only=True, metadata={"static": True})
 
     def dequantize(self, dtype: jnp.dtype = jnp.float32) -> Float[Array, "i o"]:
-        """The weight in floating point."""
-        stored = {"values": self.values, "scales": self.scales}
-        if self.zero_points is not None:
-            stored["zero_points"] = self.zero_points
+        """The weight in floating point, its inputs in their own order."""
+        found = {"values": self.values, "scales": self.scales, "zero_points": self.zero_points, "order": self.order}
+        stored = {name: array for name, array in found.items() if array is not None}
         return unstore(stored, self.shape, self.format, dtype)
+
+    def columns(self, outputs: Int[Array, "..."]) -> Float[Array, "... i"]:
+        """The inputs' weights of some outputs, float32: the rows of a quantized embedding.
+
+        Raises:
+            ValueError: the format is not 8 bits with one scale per output.
+        """
+        if self.format.bits != 8 or self.format.group_size != -1 or self.format.permuted:
+            raise ValueError("only 8-bit weights with one scale per output give single columns")
+        zero = None if self.zero_points is None else jnp.take(self.zero_points[0], outputs)[..., None]
+        values = jnp.moveaxis(jnp.take(self.values, outputs, axis=1), 0, -1)
+        return restore(values, jnp.take(self.scales[0], outputs)[..., None], zero)
 
 
 Weight = Float[Array, "i o"] | QuantizedWeight
 
 
-def linear(x: Float[Array, "... i"], weight: Weight) -> Float[Array, "... o"]:
-    """Returns x @ weight, accumulated in float32, in the type of x.
+def linear(x: Float[Array, "... i"], weight: Weight, dtype: jnp.dtype | None = None) -> Float[Array, "... o"]:
+    """Returns x @ weight, accumulated in float32, as `dtype` (default: the type of x).
 
-    A quantized weight is restored where it is used, so that XLA can fuse the conversion into the product's operand.
+    A quantized weight is restored where it is used, so that XLA can fuse the conversion into the product's operand; few
+    rows on a CPU take the form of `blockwise`; with `activation_bits` 8 the product is an integer dot.
     """
-    matrix = weight.dequantize(x.dtype) if isinstance(weight, QuantizedWeight) else weight.astype(x.dtype)
-    return jnp.matmul(x, matrix, preferred_element_type=jnp.float32).astype(x.dtype)
+    dtype = x.dtype if dtype is None else dtype
+    if not isinstance(weight, QuantizedWeight):
+        return _multiply(x, weight.astype(x.dtype)).astype(dtype)
+    if weight.format.activation_bits == 8:
+        return integer_dot(x, weight).astype(dtype)
+    rows = x.size // x.shape[-1]
+    if rows > blockwise.FEW_ROWS or blockwise.steps(*weight.shape, weight.format) is None:
+        return _multiply(x, weight.dequantize(x.dtype)).astype(dtype)
+    return jax.lax.platform_dependent(
+        x,
+        weight,
+        cpu=_few_rows,
+        default=lambda x, weight: _multiply(x, weight.dequantize(x.dtype)),
+    ).astype(dtype)
+
+
+def _multiply(x: Float[Array, "... i"], matrix: Float[Array, "i o"]) -> Float[Array, "... o"]:
+    return jnp.matmul(x, matrix, preferred_element_type=jnp.float32)
+
+
+def _few_rows(x: Float[Array, "... i"], weight: QuantizedWeight) -> Float[Array, "... o"]:
+    rows = _in_stored_order(x, weight).reshape(-1, x.shape[-1]).astype(jnp.float32)
+    out = blockwise.product(rows, weight.values, weight.scales, weight.zero_points, weight.format)
+    return out.reshape(*x.shape[:-1], -1)
+
+
+def _in_stored_order(x: Float[Array, "... i"], weight: QuantizedWeight) -> Float[Array, "... i"]:
+    return x if weight.order is None else jnp.take(x, weight.order, axis=-1)
+
+
+def integer_dot(x: Float[Array, "... i"], weight: QuantizedWeight) -> Float[Array, "... o"]:
+    """X @ weight with both sides integers: int8 x int8 -> int32, scaled afterwards (W8A8; 4-bit weights widened, W4A8).
+
+    Each row of x is rounded to int8 with its own scale max|x| / 127; a row of zeros has scale 1.
+
+    Raises:
+        ValueError: the weight has 2 or 3 bits, which have no integer form in storage.
+    """
+    if weight.format.bits in PACKED:
+        raise ValueError(f"{weight.format.bits}-bit weights have no integer dot")
+    rows = _in_stored_order(x, weight).reshape(-1, x.shape[-1])
+    zero = None if weight.zero_points is None else weight.zero_points.astype(jnp.int8)
+    right = qwix.QArray(weight.values.astype(jnp.int8), weight.scales.astype(jnp.float32), zero)
+    out = qwix.dot_general(quantize_rows(rows), right, (((1,), (0,)), ((), ())))
+    return out.reshape(*x.shape[:-1], -1)
+
+
+def quantize_rows(x: Float[Array, "m i"]) -> qwix.QArray:
+    """Rounds each row to int8, symmetric, with its own float32 scale."""
+    wide = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(wide), axis=1, keepdims=True)
+    scale = jnp.where(largest > 0, largest / 127, 1.0)
+    return qwix.QArray(jnp.round(wide / scale).astype(jnp.int8), scale)

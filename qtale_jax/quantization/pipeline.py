@@ -1,40 +1,30 @@
-"""Post-training quantization of a whole model, layer by layer."""
+"""Post-training quantization of a model that is in memory."""
 
-import functools
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 
 from qtale_jax.config.schema import QuantizeConfig
 from qtale_jax.errors import InputError
 from qtale_jax.models.decoder import Parameters
-from qtale_jax.models.lora import map_linears
-from qtale_jax.models.specification import LINEARS, ModelSpecification, QuantizationSpecification, TensorFormat
-from qtale_jax.quantization.rounding import validate
-from qtale_jax.quantization.storage import array_bytes, store, unstore
+from qtale_jax.models.specification import ModelSpecification, QuantizationSpecification, TensorFormat
+from qtale_jax.quantization.formats import formats_of
+from qtale_jax.quantization.layer import quantize_layer
+from qtale_jax.quantization.prefix import Prefix
+from qtale_jax.quantization.report import LayerReport
+from qtale_jax.quantization.storage import store
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """What quantization did to one layer: relative Frobenius error per linear, bytes before and after."""
+def check_source(spec: ModelSpecification) -> None:
+    """Checks that a model can be quantized.
 
-    layer: int
-    weight_error: dict[str, float]
-    bytes_before: int
-    bytes_after: int
-
-
-@functools.partial(jax.jit, static_argnames=("format",))
-def _round(kernel: jax.Array, format: TensorFormat) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Stored arrays of a kernel and the relative error ||W - W'|| / ||W||."""
-    inputs, outputs = kernel.shape
-    stored = store(kernel, format)
-    wide = kernel.astype(jnp.float32)
-    error = jnp.linalg.norm(wide - unstore(stored, (inputs, outputs), format))
-    return stored, error / jnp.maximum(jnp.linalg.norm(wide), 1e-30)
+    Raises:
+        InputError: it is quantized already, or has adapters.
+    """
+    if spec.quantization is not None:
+        raise InputError(f"quantize.model has {spec.bits}-bit weights already; start from the model it was made of")
+    if spec.lora is not None:
+        raise InputError("quantize.model has adapters that are not merged; train with train.merge_lora=true")
 
 
 def quantize_parameters(
@@ -42,43 +32,53 @@ def quantize_parameters(
     params: Parameters,
     config: QuantizeConfig,
     progress: Callable[[int], None] = lambda layer: None,
+    prefix: Prefix | None = None,
 ) -> tuple[ModelSpecification, Parameters, list[LayerReport]]:
-    """Rounds the seven linears of every layer; embedding, head, norms and routers stay in floating point.
+    """Quantizes the linears of every layer, and embedding, head and routers where `config` says so.
 
     Args:
         spec: a model in floating point, without adapters.
         params: one tree per layer.
-        config: method, bits, group size, symmetry; 16 bits return the model as it is.
+        config: method, bits, group size and the rest; 16 bits return the model as it is.
         progress: called with the index of every finished layer.
+        prefix: calibration rows that were not started yet; needed by all methods but plain rounding.
 
     Raises:
-        InputError: the model is quantized already, has adapters, the group size does not divide a linear's inputs, or
-            a weight is not finite.
+        InputError: the model is quantized already, has adapters, a format does not fit, or a weight is not finite.
+        ValueError: the method needs calibration rows and there are none.
     """
     if config.bits == 16:
         return spec, params, []
-    if spec.quantization is not None:
-        raise InputError(f"quantize.model has {spec.bits}-bit weights already; start from the model it was made of")
-    if spec.lora is not None:
-        raise InputError("quantize.model has adapters that are not merged; train with train.merge_lora=true")
-    format = TensorFormat(bits=config.bits, group_size=config.group_size, symmetric=config.symmetric)
-    for name in LINEARS:
-        validate(format, spec.architecture.linear_shape(name)[0], f"linear {name!r}")
-    layers, report = {}, []
+    check_source(spec)
+    if config.sees_activations and prefix is None:
+        raise ValueError(f"quantize.method={config.method!r} needs calibration rows")
+    formats = formats_of(spec, config)
+    if prefix is not None:
+        prefix.start(params["embedding"])
+    layers, reports = {}, []
     for index, layer in params["layers"].items():
-        errors: dict[str, float] = {}
-
-        def one(name: str, linear: Parameters, index=index, errors=errors) -> Parameters:
-            stored, error = _round(linear["kernel"], format)
-            errors[name] = float(error)
-            if not math.isfinite(errors[name]):
-                raise InputError(f"quantize.model: layer {index}, linear {name!r} holds weights that are not finite")
-            return {"quantized": stored}
-
-        layers[index] = map_linears(one, layer)
-        before, after = (sum(map(array_bytes, jax.tree.leaves(tree))) for tree in (layer, layers[index]))
-        report.append(LayerReport(index, errors, before, after))
+        layers[index], report = quantize_layer(spec, index, layer, formats, config, prefix)
+        reports.append(report)
         progress(index)
-    formats = {f"{layer}/{name}": format for layer in layers for name in LINEARS}
-    quantization = QuantizationSpecification(method="rtn", formats=formats)
-    return spec.model_copy(update={"quantization": quantization}), {**params, "layers": layers}, report
+    quantization = QuantizationSpecification(method=quantizer_of(config), formats=formats)
+    ends = quantize_ends(params, formats)
+    return spec.model_copy(update={"quantization": quantization}), {**params, **ends, "layers": layers}, reports
+
+
+def quantizer_of(config: QuantizeConfig):
+    """The method as a specification records it."""
+    assert config.method != "none"
+    return config.method
+
+
+_store = jax.jit(store, static_argnames=("format",))
+
+
+def quantize_ends(params: Parameters, formats: dict[str, TensorFormat]) -> Parameters:
+    """Embedding and head, rounded to nearest if they have a format; the embedding's outputs are its tokens."""
+    ends = {}
+    if "embedding" in formats:
+        ends["embedding"] = {"quantized": _store(params["embedding"]["table"].T, format=formats["embedding"])}
+    if "head" in formats:
+        ends["head"] = {"quantized": _store(params["head"]["kernel"], format=formats["head"])}
+    return ends

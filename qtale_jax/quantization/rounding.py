@@ -37,47 +37,99 @@ def validate(format: TensorFormat, inputs: int, name: str) -> None:
         )
 
 
-def _grouped(weight: Float[Array, "i o"], format: TensorFormat) -> Float[Array, "g n o"]:
+class Grid(NamedTuple):
+    """Where integers stand: float32 scales and zero points (groups, outputs); zero points are whole, None if symmetric.
+
+    Scales are values of the type that `TensorFormat.scale_dtype` names, held in float32.
+    """
+
+    scales: Float[Array, "g o"]
+    zero_points: Float[Array, "g o"] | None
+
+
+def grouped(weight: Float[Array, "i o"], format: TensorFormat) -> Float[Array, "g n o"]:
+    """A matrix in float32, its inputs cut into groups."""
     inputs, outputs = weight.shape
     return weight.astype(jnp.float32).reshape(format.groups(inputs), -1, outputs)
 
 
-def _usable(scale: Float[Array, "g 1 o"]) -> Float[Array, "g 1 o"]:
-    # Below the smallest normal number hardware may flush to 0, and dividing by it gives no number.
-    return jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
+def integer_range(format: TensorFormat) -> tuple[int, int]:
+    """Lowest and highest integer: the whole range, or an even one about 0 without zero points."""
+    high = 2 ** (format.bits - 1) - 1
+    return (-high if format.symmetric else -high - 1), high
 
 
-def quantize(weight: Float[Array, "i o"], format: TensorFormat) -> Rounded:
-    """Rounds a matrix to `format.bits`.
+def fit_grid(groups: Float[Array, "g n o"], format: TensorFormat, shrink: Float[Array, "g o"] | None = None) -> Grid:
+    """The grid that spans the weights of each group and output channel.
 
     Symmetric: s = max|w| / (2^(b-1) - 1), integers within +-(2^(b-1) - 1), so that the range is even about 0 (at 2 bits
     only three levels remain). Asymmetric: the range is widened to contain 0, s = (max - min) / (2^b - 1), and z is an
     integer, so that a real 0 is represented exactly. A group of zeros gets scale 1, and so does one whose scale would
-    not be a normal float32. Ties round to even. Either way a restored weight is at most s / 2 away.
+    not be a normal number of its type.
+
+    Args:
+        groups: weights, float32.
+        format: bits, symmetry and type of the scales.
+        shrink: factors by which each range is made smaller before (clipping); default: none.
     """
-    groups = _grouped(weight, format)
-    low, high = -(2 ** (format.bits - 1)), 2 ** (format.bits - 1) - 1
+    low, high = integer_range(format)
+    factor = 1.0 if shrink is None else shrink
     if format.symmetric:
-        scale = _usable(jnp.max(jnp.abs(groups), axis=1, keepdims=True) / high)
-        values = jnp.clip(jnp.round(groups / scale), -high, high)
-        zero = None
-    else:
-        bottom = jnp.minimum(jnp.min(groups, axis=1, keepdims=True), 0.0)
-        top = jnp.maximum(jnp.max(groups, axis=1, keepdims=True), 0.0)
-        scale = _usable((top - bottom) / (high - low))
-        zero = jnp.clip(low - jnp.round(bottom / scale), low, high)
-        values = jnp.clip(jnp.round(groups / scale) + zero, low, high)
-        zero = zero[:, 0].astype(jnp.int8)
-    return Rounded(values.reshape(weight.shape).astype(jnp.int8), scale[:, 0], zero)
+        return Grid(_usable(jnp.max(jnp.abs(groups), axis=1) * factor / high, format), None)
+    bottom = jnp.minimum(jnp.min(groups, axis=1), 0.0) * factor
+    top = jnp.maximum(jnp.max(groups, axis=1), 0.0) * factor
+    scales = _usable((top - bottom) / (high - low), format)
+    return Grid(scales, jnp.clip(low - jnp.round(bottom / scales), low, high))
+
+
+def _usable(scales: Float[Array, "g o"], format: TensorFormat) -> Float[Array, "g o"]:
+    dtype = jnp.dtype(format.scale_dtype)
+    # Below the smallest normal number hardware may flush to 0, and dividing by it gives no number.
+    scales = jnp.where(scales < float(jnp.finfo(dtype).tiny), 1.0, scales)
+    # What a narrow type cannot hold is clipped; infinite weights stay visible.
+    held = jnp.minimum(scales, float(jnp.finfo(dtype).max)).astype(dtype).astype(jnp.float32)
+    return jnp.where(jnp.isinf(scales), scales, held)
+
+
+def round_to_grid(
+    weight: Float[Array, "*n o"], scales: Float[Array, "*m o"], zero_points: Array | None, format: TensorFormat
+) -> Float[Array, "*n o"]:
+    """The nearest integers, as float32; scales and zero points broadcast against the weights. Ties round to even."""
+    low, high = integer_range(format)
+    return jnp.clip(jnp.round(weight / scales) + (0.0 if zero_points is None else zero_points), low, high)
+
+
+def restore(values: Array, scales: Array, zero_points: Array | None) -> Array:
+    """(q - z) * s in float32; the arguments broadcast."""
+    values = values.astype(jnp.float32)
+    shifted = values if zero_points is None else values - zero_points.astype(jnp.float32)
+    return shifted * scales.astype(jnp.float32)
+
+
+def quantize_to_grid(weight: Float[Array, "i o"], grid: Grid, format: TensorFormat) -> Rounded:
+    """Rounds a matrix to a given grid."""
+    zero = None if grid.zero_points is None else grid.zero_points[:, None]
+    values = round_to_grid(grouped(weight, format), grid.scales[:, None], zero, format)
+    return as_rounded(values.reshape(weight.shape), grid, format)
+
+
+def as_rounded(values: Float[Array, "i o"], grid: Grid, format: TensorFormat) -> Rounded:
+    """Integers that stand in float32, and their grid, in the types that are stored."""
+    zero_points = None if grid.zero_points is None else grid.zero_points.astype(jnp.int8)
+    return Rounded(values.astype(jnp.int8), grid.scales.astype(format.scale_dtype), zero_points)
+
+
+def quantize(weight: Float[Array, "i o"], format: TensorFormat) -> Rounded:
+    """Rounds a matrix to nearest at `format.bits`: a restored weight is at most s / 2 away."""
+    return quantize_to_grid(weight, fit_grid(grouped(weight, format), format), format)
 
 
 def dequantize(rounded: Rounded, dtype: jnp.dtype = jnp.float32) -> Float[Array, "i o"]:
     """(q - z) * s, in float32, returned as `dtype`."""
     inputs, outputs = rounded.values.shape
-    values = rounded.values.astype(jnp.float32).reshape(rounded.scales.shape[0], -1, outputs)
-    if rounded.zero_points is not None:
-        values = values - rounded.zero_points.astype(jnp.float32)[:, None]
-    return (values * rounded.scales.astype(jnp.float32)[:, None]).reshape(inputs, outputs).astype(dtype)
+    values = rounded.values.reshape(rounded.scales.shape[0], -1, outputs)
+    zero = None if rounded.zero_points is None else rounded.zero_points[:, None]
+    return restore(values, rounded.scales[:, None], zero).reshape(inputs, outputs).astype(dtype)
 
 
 def fake_quantize(weight: Float[Array, "... i o"], format: TensorFormat) -> Float[Array, "... i o"]:

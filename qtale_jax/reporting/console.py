@@ -1,8 +1,11 @@
-"""Small tables that single stages print."""
+"""Small tables that single stages print, and their progress bars."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 
@@ -16,17 +19,69 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     return out
 
 
-def quantization_table(report: Sequence[Any], before: Mapping[str, int], after: Mapping[str, int]) -> Table:
-    """Relative weight error and bytes per layer (`quantization.pipeline.LayerReport`), then totals."""
-    rows = [
-        (
-            f"layer {layer.layer}",
-            f"{sum(layer.weight_error.values()) / len(layer.weight_error):.4f}",
-            f"{max(layer.weight_error.values()):.4f}",
-            f"{layer.bytes_before:,}",
-            f"{layer.bytes_after:,}",
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def plan_table(plan: Any) -> Table:
+    """Memory by what needs it, and time (`quantization.plan.Plan`)."""
+    rows = [(name, _bytes(size)) for name, size in plan.memory.items()]
+    minutes, seconds = divmod(round(plan.seconds), 60)
+    rows += [("peak memory", _bytes(plan.peak)), ("time", f"about {minutes} min {seconds} s")]
+    return table("plan", ("what", "expected"), rows)
+
+
+@contextmanager
+def layer_progress(console: Console, layers: int, quiet: bool) -> Iterator[Callable[[Any, bool], None]]:
+    """Yields what is called with every finished `LayerReport`; a bar on a terminal, otherwise a line per layer."""
+    columns = (TextColumn("quantizing"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"), TimeElapsedColumn())
+    bar = console.is_terminal and not quiet
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not bar) as progress:
+        task = progress.add_task("quantizing", total=layers)
+
+        def say(report: Any, before: bool) -> None:
+            progress.advance(task)
+            if not quiet and not bar:
+                done = "done before" if before else f"output error {_worst(report)}"
+                console.print(f"layer {report.layer + 1}/{layers}: {done}", highlight=False, soft_wrap=True)
+            for name, linear in report.linears.items():
+                if linear.fallback and not before and not quiet:
+                    text = f"layer {report.layer}, {name}: rounded to nearest, {linear.fallback}"
+                    console.print(text, highlight=False, soft_wrap=True)
+
+        yield say
+
+
+def _worst(report: Any) -> str:
+    errors = [linear.output_error for linear in report.linears.values() if linear.output_error is not None]
+    return f"up to {max(errors):.4f}" if errors else "not measured"
+
+
+def quantization_tables(reports: Sequence[Any], before: Mapping[str, int], after: Mapping[str, int]) -> list[Table]:
+    """What quantization did per layer (`quantization.report.LayerReport`), and the bytes of each part of the model."""
+
+    def mean(values: Sequence[float | None]) -> str:
+        known = [value for value in values if value is not None]
+        return f"{sum(known) / len(known):.4f}" if known else "–"
+
+    def row(report: Any) -> tuple[str, ...]:
+        linears = list(report.linears.values())
+        return (
+            str(report.layer),
+            mean([linear.weight_error for linear in linears]),
+            mean([linear.output_error for linear in linears]),
+            mean([linear.rounding_error for linear in linears]),
+            f"{min(linear.rows for linear in linears):,}",
+            f"{report.filled:,}",
+            str(sum(linear.retries for linear in linears)),
+            str(sum(linear.fallback is not None for linear in linears)),
+            f"{report.bytes_before:,}",
+            f"{report.bytes_after:,}",
         )
-        for layer in report
+
+    columns = ("layer", "weight error", "output error", "if rounded", "rows", "filled up", "retries", "fallbacks")
+    parts = [(part, f"{before[part]:,}", f"{after[part]:,}") for part in after if before.get(part) or after[part]]
+    return [
+        table("quantization, means over a layer", (*columns, "bytes before", "bytes after"), list(map(row, reports))),
+        table("bytes", ("part", "before", "after"), parts),
     ]
-    rows.append(("whole model", "", "", f"{before['total']:,}", f"{after['total']:,}"))
-    return table("quantization", ("part", "mean error", "worst error", "bytes before", "bytes after"), rows)

@@ -62,7 +62,9 @@ def test_provenance_names_the_parent_and_the_quantizer(parent, tmp_path):
     path = run_stage(config_for(parent, tmp_path / "quantized", bits=8, group_size=16), quiet=True)
     provenance = read_model_json(path).provenance
     assert provenance["stage"] == "quantize" and provenance["seed"] == 7
-    assert provenance["quantizer"] == {"method": "rtn", "bits": 8, "group_size": 16, "symmetric": False}
+    settings = QuantizeConfig(method="rtn", bits=8, group_size=16)
+    assert provenance["quantizer"] == settings.model_dump(mode="json", exclude={"model", "output"})
+    assert provenance["layers"][1]["linears"]["value"]["bits"] == 8
     assert provenance["parent"] == {"path": str(parent), "fingerprint": fingerprint(parent)}
 
 

@@ -1,0 +1,77 @@
+"""What all benchmarks share: timing in turns, the JSON that they write, the table that they print.
+
+A benchmark compares things within one run of one process: every round measures each of them once, so that a slow spell
+of the machine hits all alike, and medians over the rounds are reported, with the ratio to a named baseline.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import track
+
+from qtale_jax.artifact import versions
+from qtale_jax.reporting.console import table
+from qtale_jax.reporting.environment import environment
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: `ratio` is value / baseline's value, or the inverse where less is better, so that more is better."""
+
+    name: str
+    value: float
+    unit: str
+    baseline: str | None = None
+    ratio: float | None = None
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """Wall time of one call, results awaited."""
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
+def in_turns(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each candidate over `rounds` rounds, after one call each to warm up."""
+    for run in candidates.values():
+        jax.block_until_ready(run())
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in track(range(rounds), description="rounds", console=Console(stderr=True), transient=True):
+        for name, run in candidates.items():
+            times[name].append(seconds(run))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Arguments that every benchmark has."""
+    found = argparse.ArgumentParser(description=description)
+    found.add_argument("--output", type=Path, help="JSON file to write")
+    found.add_argument("--rounds", type=int, default=7, help="times that each candidate is measured (default 7)")
+    return found
+
+
+def report(benchmark: str, rows: list[Row], output: Path | None) -> None:
+    """Prints the rows and writes `{benchmark, hardware, versions, rows}`."""
+    shown = [
+        (row.name, f"{row.value:,.4g}", row.unit, row.baseline or "", "" if row.ratio is None else f"{row.ratio:.2f}")
+        for row in rows
+    ]
+    Console().print(table(benchmark, ("name", "value", "unit", "baseline", "ratio"), shown))
+    document = {
+        "benchmark": benchmark,
+        "hardware": environment(),
+        "versions": versions(),
+        "rows": [asdict(row) for row in rows],
+    }
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
