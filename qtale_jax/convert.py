@@ -1,6 +1,9 @@
-"""`python -m qtale_jax.convert SOURCE OUT`: Hugging Face Llama checkpoints to model directories; `--to-hf`: back."""
+"""`python -m qtale_jax.convert SOURCE OUT`: Hugging Face Llama checkpoints to model directories; `--to-hf`: back.
 
-from collections.abc import Iterable, Sequence
+Checkpoints whose linears AutoAWQ or GPTQ packed in 4 bits stay quantized; `--to-hf --quantized awq` writes such models.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qtale_jax.command import STAGES, Parser, run
@@ -14,24 +17,54 @@ def _parser() -> Parser:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="type of the weights; default: the one they are stored in"
     )
+    parser.add_argument(
+        "--quantized",
+        choices=("awq",),
+        help="with --to-hf: keep the integers of a model whose linears are all 4-bit with one group size, in AutoAWQ's "
+        "layout (version gemm); everything else is written in float16, scales included, and a table says how many "
+        "values that changed; default: restore all weights",
+    )
     return parser
 
 
-def _row(part: str, arrays: Iterable[Any]) -> tuple[str, str, str, str]:
-    """Parameters, bytes and types of arrays, of which only shape and type are looked at."""
+SCALES = ("scales", "zero_points", "order", "qzeros")
+"""Last parts of the names of arrays that are no parameters: they say what the integers of quantized ones mean."""
+
+
+def _rows(arrays: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Parameters, bytes and types of arrays by name, of which only shape and type are looked at, by part of the model.
+
+    In packed checkpoints eight parameters make one int32.
+    """
     import math
 
     import numpy as np
 
-    found = [(math.prod(array.shape), np.dtype(array.dtype)) for array in arrays]
-    size = sum(count * dtype.itemsize for count, dtype in found)
-    types = sorted({dtype.name for _, dtype in found})
-    return part, f"{sum(count for count, _ in found):,}", f"{size:,}", ", ".join(types)
+    from qtale_jax.quantization.storage import array_bytes
+
+    parts: dict[str, list[Any]] = {"model": [], "scales": [], "routers": []}
+    for name, array in arrays.items():
+        keys = name.replace("/", ".").split(".")
+        parts["routers" if "router" in keys else "scales" if keys[-1] in SCALES else "model"].append((keys[-1], array))
+    rows = []
+    for part, found in parts.items():
+        count = sum(math.prod(array.shape) * (8 if last == "qweight" else 1) for last, array in found)
+        size = sum(array_bytes(array) for _, array in found)
+        types = sorted({np.dtype(array.dtype).name for _, array in found})
+        if found:
+            rows.append((part, f"{count:,}" if part != "scales" else "", f"{size:,}", ", ".join(types)))
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Converts, prints parameters, bytes and types, then where the result is."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.quantized and not arguments.to_hf:
+        parser.error("--quantized needs --to-hf")
+    if arguments.quantized and arguments.dtype:
+        parser.error("--dtype does not go with --quantized, which is stored in float16")
+
     from rich.console import Console
 
     from qtale_jax.artifact import refuse_existing
@@ -40,15 +73,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     from qtale_jax.reporting.console import table
 
     refuse_existing(arguments.output)
+    changed = {}
     if arguments.to_hf:
-        written = to_huggingface(arguments.source, arguments.output, dtype=arguments.dtype)
-        model, routers = written.tensors, written.routers
+        written = to_huggingface(
+            arguments.source, arguments.output, dtype=arguments.dtype, quantized=arguments.quantized
+        )
+        arrays = {tensor.name: tensor for tensor in (*written.tensors, *written.routers)}
+        changed = written.changed
     else:
-        flat = flatten(from_huggingface(arguments.source, arguments.output, dtype=arguments.dtype).params)
-        model = [leaf for path, leaf in flat.items() if "/router/" not in path]
-        routers = [leaf for path, leaf in flat.items() if "/router/" in path]
-    rows = [_row("model", model)] + ([_row("routers", routers)] if routers else [])
-    Console().print(table("converted", ("part", "parameters", "bytes", "type"), rows))
+        arrays = flatten(from_huggingface(arguments.source, arguments.output, dtype=arguments.dtype).params)
+    Console().print(table("converted", ("part", "parameters", "bytes", "type"), _rows(arrays)))
+    if changed:
+        rows = [(what, f"{of:,}", f"{count:,}") for what, (count, of) in changed.items()]
+        Console().print(table("rounded to float16", ("what", "values", "changed"), rows))
     print(arguments.output)
 
 

@@ -57,6 +57,9 @@ def test_the_type_can_be_chosen(tmp_path, capsys):
     [
         (["only-one"], "the following arguments are required: OUT"),
         (["a", "b", "--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+        (["a", "b", "--to-hf", "--quantized", "gptq"], "argument --quantized: invalid choice: 'gptq'"),
+        (["a", "b", "--quantized", "awq"], "--quantized needs --to-hf"),
+        (["a", "b", "--to-hf", "--quantized", "awq", "--dtype", "bfloat16"], "--dtype does not go with --quantized"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):

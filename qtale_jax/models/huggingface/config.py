@@ -87,11 +87,6 @@ def _refuse_unsupported(config: Config, where: str) -> None:
             raise InputError(f"{where}: {key}={config[key]!r} is not supported (linears have no bias); allowed: false")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise InputError(f"{where}: hidden_act={config['hidden_act']!r} is not supported; supported: 'silu'")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
-        raise InputError(
-            f"{where}: quantization_config says the checkpoint is quantized ({method!r}); convert the unquantized one"
-        )
 
 
 def _rope(config: Config, where: str) -> tuple[float, RopeScaling | None]:
@@ -140,26 +135,30 @@ def _number(config: Config, key: str, where: str, default: float | None = None) 
     return float(value)
 
 
-def config_for(spec: ModelSpecification, original: Config | None, dtype: str, tokens: Config) -> Config:
+def config_for(
+    spec: ModelSpecification, original: Config | None, dtype: str, tokens: Config, quantization: Config | None = None
+) -> Config:
     """config.json for a model.
 
-    A checkpoint that was converted keeps its own config, unknown keys included; only what the architecture changed and
-    the type are replaced.
+    A checkpoint that was converted keeps its own config, unknown keys included; only what the architecture changed, the
+    type and what it says about quantization are replaced.
 
     Args:
         spec: the model.
         original: the config it was converted from, or None.
         dtype: type of the tensors written.
         tokens: `bos_token_id` and the like, for models that have no original config.
+        quantization: `quantization_config`; None for tensors in floating point.
     """
-    config = dict(original or {})
+    config = {key: value for key, value in (original or {}).items() if key != "quantization_config"}
     if not config or architecture_from(config, "config.json") != spec.architecture:
         for stale in ("rope_parameters", "rope_scaling", "rope_theta"):
             config.pop(stale, None)
         config = {**tokens, **config, **_described(spec.architecture)}
     config["architectures"] = ["LlamaForCausalLM"]
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    return {**config, key: dtype}
+    config[key] = dtype
+    return config if quantization is None else {**config, "quantization_config": quantization}
 
 
 def _described(architecture: Architecture) -> Config:

@@ -1,25 +1,34 @@
-"""Writing a model directory as a Hugging Face Llama checkpoint."""
+"""Writing a model directory as a Hugging Face Llama checkpoint, in floating point or in AutoAWQ's 4-bit layout."""
 
 import json
+import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from qtale_jax.artifact import LoadedModel, load_model, new_directory, save_tokenizer
+from qtale_jax.artifact import LoadedModel, load_model, new_directory, read_model_json, save_tokenizer
 from qtale_jax.artifact.arrays import flatten
-from qtale_jax.models.decoder import Parameters
+from qtale_jax.errors import InputError
+from qtale_jax.models.decoder import Parameters, abstract_parameters
 from qtale_jax.models.huggingface.config import config_for
+from qtale_jax.models.huggingface.exporting_awq import (
+    FLOAT16,
+    check_fits,
+    packed_tensors,
+    quantization_config,
+    to_float16,
+)
 from qtale_jax.models.huggingface.files import SHARD_BYTES, NewTensor, write_checkpoint, write_file
 from qtale_jax.models.huggingface.importing import ROUTERS, ROUTING, Storage
 from qtale_jax.models.huggingface.names import Tensor, tensors
-from qtale_jax.models.specification import LINEARS, ModelSpecification, RoutingSpecification
+from qtale_jax.models.specification import ModelSpecification, RoutingSpecification, TensorFormat
 from qtale_jax.quantization.storage import unstore
 
 if TYPE_CHECKING:
@@ -37,16 +46,23 @@ class Written:
         tensors: the tensors of the checkpoint.
         routers: the tensors of the routers.
         files: files that hold them.
+        changed: for packed checkpoints, how many values of what float16 changed, of how many: "scales" and "others".
     """
 
     spec: ModelSpecification
     tensors: list[NewTensor]
     routers: list[NewTensor]
     files: list[str]
+    changed: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def to_huggingface(
-    path: str | Path, out: str | Path, *, dtype: Storage | None = None, shard_bytes: int = SHARD_BYTES
+    path: str | Path,
+    out: str | Path,
+    *,
+    dtype: Storage | None = None,
+    quantized: Literal["awq"] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Written:
     """Writes the model directory `path` as a directory that `LlamaForCausalLM.from_pretrained` reads.
 
@@ -54,33 +70,51 @@ def to_huggingface(
     get `routers.safetensors` and `qtale.json` beside, from which `read_huggingface` brings the routers back; to
     transformers they are dense. A model that came from Hugging Face keeps its own config.json and tensor types.
 
+    With `quantized="awq"` the linears keep their integers and zero points, packed as AutoAWQ (version gemm) does;
+    symmetric ones get zero points in the middle. Everything else is written in float16, quantized embeddings, heads and
+    routers restored (routers stay float32). Scales and weights that float16 does not hold exactly are rounded to it;
+    `Written.changed` says how many.
+
     Args:
         path: a model directory.
         out: a directory that does not exist yet.
         dtype: type of all tensors. Default: the type that the tensor had in the checkpoint the model came from if its
             values fit exactly, else the type in which the model holds it (merged and restored weights: `spec.dtype`).
+        quantized: keep the 4-bit integers of the linears, in this layout; excludes `dtype`.
         shard_bytes: larger checkpoints are split into files of at most this size.
 
     Raises:
-        InputError: `path` is not a whole model directory, or `out` exists.
+        InputError: `path` is not a whole model directory, or `out` exists; with `quantized`, a model that the layout
+            cannot hold.
     """
+    form = None
+    if quantized is not None:
+        if dtype is not None:
+            raise InputError(f"dtype={dtype!r} does not go with quantized={quantized!r}, which is stored in float16")
+        form = check_fits(read_model_json(path).spec, str(path))
     with new_directory(out) as directory:
         model = load_model(path, shardings=SingleDeviceSharding(_host()))
         original = model.provenance.get("huggingface", {})
-        news = [_tensor(model, tensor, original, dtype) for tensor in tensors(model.spec.architecture)]
+        changed: dict[str, tuple[int, int]] = {}
+        if form is None:
+            news = [_tensor(model, tensor, original, dtype) for tensor in tensors(model.spec.architecture)]
+        else:
+            news, changed = _packed(model, str(path))
         files = write_checkpoint(directory, news, shard_bytes)
         common = Counter[str]()
         for new in news:
             common[new.dtype.name] += new.nbytes
         tokens = _special_tokens(model.tokenizer)
-        config = config_for(model.spec, original.get("config"), common.most_common(1)[0][0], tokens)
+        written = FLOAT16.name if form else common.most_common(1)[0][0]
+        packing = quantization_config(form) if form else None
+        config = config_for(model.spec, original.get("config"), written, tokens, packing)
         _write_json(directory / "config.json", config)
         generation = original.get("generation_config") or {"_from_model_config": True, **tokens}
         _write_json(directory / "generation_config.json", generation)
         if model.tokenizer is not None:
             save_tokenizer(model.tokenizer, directory)
-        routers = _write_routers(directory, model)
-    return Written(model.spec, news, routers, files + ([ROUTERS] if routers else []))
+        routers = _write_routers(directory, model, restored=form is None)
+    return Written(model.spec, news, routers, files + ([ROUTERS] if routers else []), changed)
 
 
 def _host() -> jax.Device:
@@ -110,30 +144,67 @@ def _type(read, source: np.dtype | None) -> np.dtype:
     return source if fits else held.dtype
 
 
-def _weight(spec: ModelSpecification, params: Parameters, tensor: Tensor) -> np.ndarray:
-    """One tensor in the layout of the checkpoint, as a plain array."""
-    keys = tensor.parameter.split("/")
-    node: Any = params
-    for key in keys[:-1]:
-        node = node[int(key) if key.isdigit() else key]
-    if keys[-2] in LINEARS and ("lora" in node or "quantized" in node):
-        array = _plain_kernel(spec, node, int(keys[1]), keys[-2])
-    else:
-        array = np.asarray(node[keys[-1]])
+def _packed(model: LoadedModel, where: str) -> tuple[list[NewTensor], dict[str, tuple[int, int]]]:
+    """The tensors of a checkpoint whose linears are packed, and what float16 changed, of how much."""
+    found: list[NewTensor] = []
+    changed, total = Counter[str](), Counter[str]()
+
+    def count(kind: str, changes: int, size: int) -> None:
+        changed[kind] += changes
+        total[kind] += size
+
+    for tensor in tensors(model.spec.architecture):
+        if tensor.is_linear:
+            form = _format(model.spec, tensor.key)
+            packed, changes = packed_tensors(tensor, _node(model.params, tensor.node)["quantized"], form, where)
+            found += packed
+            count("scales", changes, packed[-1].size)
+        else:
+            read = partial(_weight, model.spec, model.params, tensor, "float32")
+            found.append(NewTensor(tensor.name, FLOAT16, tensor.shape, read))
+            count("others", to_float16(read(), f"{where}: a value of {tensor.name}")[1], math.prod(tensor.shape))
+    return found, {kind: (changed[kind], total[kind]) for kind in total}
+
+
+def _weight(
+    spec: ModelSpecification, params: Parameters, tensor: Tensor, computed: Storage | None = None
+) -> np.ndarray:
+    """One tensor in the layout of the checkpoint, as a plain array.
+
+    What has to be computed, restored or merged, comes as `computed` (default: `spec.dtype`).
+    """
+    node = _node(params, tensor.node)
+    if "lora" in node or "quantized" in node:
+        return np.asarray(_plain_kernel(spec, node, tensor).astype(computed or spec.dtype)).T
+    array = np.asarray(node[tensor.parameter.rsplit("/", 1)[1]])
     return array.T if tensor.transposed else array
 
 
-def _plain_kernel(spec: ModelSpecification, linear: Parameters, layer: int, name: str) -> np.ndarray:
-    """The weight of a linear with its integers restored and its adapter merged, computed in float32."""
-    if "quantized" in linear:
-        form = spec.quantization.format(layer, name) if spec.quantization else None
-        assert form is not None  # the arrays were checked against the specification
-        kernel = unstore(linear["quantized"], spec.architecture.linear_shape(name), form, jnp.float32)
+def _node(params: Parameters, path: str) -> Parameters:
+    node: Any = params
+    for key in path.split("/"):
+        node = node[int(key) if key.isdigit() else key]
+    return node
+
+
+def _plain_kernel(spec: ModelSpecification, node: Parameters, tensor: Tensor) -> jax.Array:
+    """A weight (inputs, outputs) with its integers restored and its adapter merged, in float32.
+
+    A quantized embedding is such a weight too: its outputs are the tokens.
+    """
+    if "quantized" in node:
+        outputs, inputs = tensor.shape
+        kernel = unstore(node["quantized"], (inputs, outputs), _format(spec, tensor.key), jnp.float32)
     else:
-        kernel = linear["kernel"].astype(jnp.float32)
-    if "lora" in linear:
-        kernel += jnp.matmul(linear["lora"]["down"], linear["lora"]["up"], precision="float32")
-    return np.asarray(kernel.astype(spec.dtype))
+        kernel = node["kernel"].astype(jnp.float32)
+    if "lora" in node:
+        kernel += jnp.matmul(node["lora"]["down"], node["lora"]["up"], precision="float32")
+    return kernel
+
+
+def _format(spec: ModelSpecification, key: str) -> TensorFormat:
+    assert spec.quantization is not None  # the arrays were checked against the specification
+    return spec.quantization.formats[key]
 
 
 def _special_tokens(tokenizer: "PreTrainedTokenizerBase | None") -> dict[str, int]:
@@ -142,26 +213,37 @@ def _special_tokens(tokenizer: "PreTrainedTokenizerBase | None") -> dict[str, in
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _write_routers(directory: Path, model: LoadedModel) -> list[NewTensor]:
+def _write_routers(directory: Path, model: LoadedModel, *, restored: bool) -> list[NewTensor]:
+    """Writes the routers in floating point, and beside them what was `restored`, or packed."""
     if model.spec.routing is None:
         return []
+    plain = flatten(abstract_parameters(model.spec.model_copy(update={"quantization": None})))
     news = [
-        NewTensor(path.replace("/", "."), np.dtype(leaf.dtype), leaf.shape, partial(np.asarray, leaf))
-        for path, leaf in flatten(model.params).items()
+        NewTensor(path.replace("/", "."), np.dtype(leaf.dtype), leaf.shape, partial(_router, model, path, leaf.shape))
+        for path, leaf in plain.items()
         if "/router/" in path
     ]
     write_file(directory / ROUTERS, news)
-    quantization = model.spec.quantization
+    quantization, routing = model.spec.quantization, model.spec.routing
     document = {
         "format": FORMAT,
-        "routing": _exported_routing(model.spec, model.spec.routing).model_dump(mode="json"),
+        "routing": (_restored_routing(model.spec, routing) if restored else routing).model_dump(mode="json"),
         "quantization": None if quantization is None else quantization.model_dump(mode="json"),
     }
     _write_json(directory / ROUTING, document)
     return news
 
 
-def _exported_routing(spec: ModelSpecification, routing: RoutingSpecification) -> RoutingSpecification:
+def _router(model: LoadedModel, path: str, shape: tuple[int, ...]) -> np.ndarray:
+    parent, name = path.rsplit("/", 1)
+    node = _node(model.params, parent)
+    if name in node:
+        return np.asarray(node[name])
+    form = _format(model.spec, f"{path.split('/')[1]}/router")
+    return np.asarray(unstore(node["quantized"], (shape[0], shape[1]), form, jnp.float32))
+
+
+def _restored_routing(spec: ModelSpecification, routing: RoutingSpecification) -> RoutingSpecification:
     """The thresholds of a restored model stand under 16 bits, which is what it has become; it decides as before."""
     if spec.quantization is None:
         return routing

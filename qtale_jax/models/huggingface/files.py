@@ -23,7 +23,11 @@ SHARD_BYTES = 5 * 10**9
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 """Types that weights may have; a model is never stored in float64."""
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+WORDS = {"I32": np.dtype(np.int32)}
+"""Types that packed integers and what belongs to them may have."""
+PACKED = ("qweight", "qzeros", "g_idx")
+"""Last parts of the names of tensors of whole numbers."""
+CODES = {dtype: code for code, dtype in (DTYPES | WORDS).items()}
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,14 @@ class NewTensor:
     read: Callable[[], np.ndarray]
 
     @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Size of its data."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.size * self.dtype.itemsize
 
 
 def read_file(file: Path) -> dict[str, StoredTensor]:
@@ -81,13 +90,14 @@ def read_file(file: Path) -> dict[str, StoredTensor]:
 def _stored(
     file: Path, name: str, data: int, size: int, code: str, shape: tuple[int, ...], begin: int, end: int
 ) -> StoredTensor:
-    if code not in DTYPES:
-        raise InputError(f"{file}: {name} has type {code}; allowed: {', '.join(DTYPES)}")
-    if end - begin != math.prod(shape) * DTYPES[code].itemsize:
+    allowed = WORDS if name.rsplit(".", 1)[-1] in PACKED else DTYPES
+    if code not in allowed:
+        raise InputError(f"{file}: {name} has type {code}; allowed: {', '.join(allowed)}")
+    if end - begin != math.prod(shape) * allowed[code].itemsize:
         raise InputError(f"{file} is damaged: {name} takes {end - begin} bytes, its shape {shape} in {code} does not")
     if data + end > size:
         raise InputError(f"{file} is truncated: {size} bytes, {name} ends at byte {data + end}")
-    return StoredTensor(file, DTYPES[code], shape, data + begin)
+    return StoredTensor(file, allowed[code], shape, data + begin)
 
 
 def read_checkpoint(directory: Path) -> dict[str, StoredTensor]:

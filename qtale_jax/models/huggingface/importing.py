@@ -17,7 +17,13 @@ from qtale_jax.models.decoder import Parameters, abstract_parameters
 from qtale_jax.models.huggingface.config import architecture_from, read_json
 from qtale_jax.models.huggingface.files import StoredTensor, read_checkpoint, read_file
 from qtale_jax.models.huggingface.names import Tensor, tensors
-from qtale_jax.models.specification import Architecture, ModelSpecification, RoutingSpecification
+from qtale_jax.models.huggingface.quantized import open_matrix, packed_linears, packing_from, specification_of
+from qtale_jax.models.specification import (
+    Architecture,
+    ModelSpecification,
+    QuantizationSpecification,
+    RoutingSpecification,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,34 +72,48 @@ def from_huggingface(
 def read_huggingface(source: str | Path, *, dtype: Storage | None = None) -> Checkpoint:
     """Opens a Llama checkpoint in Hugging Face layout: config.json, safetensors (one file or sharded), tokenizer.
 
+    Linears that AutoAWQ or GPTQ packed in 4 bits keep their integers, scales and zero points; zero points that are all
+    in the middle are left out (symmetric), and inputs whose groups are scattered are sorted by group (permuted).
+
     Args:
         source: the directory.
-        dtype: storage type of embedding, head and linears. Default: bfloat16 if all of them are bfloat16, else float32,
-            which holds float32, bfloat16 and float16 exactly. Norms and routers are always float32.
+        dtype: storage type of embedding, head and linears that are not packed. Default: bfloat16 if all of them are
+            bfloat16, else float32, which holds float32, bfloat16 and float16 exactly. Norms and routers are always
+            float32, scales of packed linears stay what they are.
 
     Raises:
-        InputError: not a supported Llama; tensors missing, unexpected or of another shape; damaged files.
+        InputError: not a supported Llama or packing; tensors missing, unexpected or of another shape; damaged files.
     """
     source = Path(source)
     if not source.is_dir():
         raise InputError(f"{source}: no such directory")
+    where = str(source / "config.json")
     config = read_json(source / "config.json")
-    architecture = architecture_from(config, str(source / "config.json"))
+    architecture, packing = architecture_from(config, where), packing_from(config, where)
     stored = _without_buffers(read_checkpoint(source))
     if architecture.tied_head:
         _drop_tied_head(stored)
     wanted = tensors(architecture)
-    _check(source, architecture, stored, {tensor.name: tensor.shape for tensor in wanted})
-    storage = dtype or _lossless(stored[tensor.name] for tensor in wanted if len(tensor.shape) == 2)
-    routing, quantization = _read_routing(source)
-    spec = _specification(architecture, routing, storage, source)
-    flat = {tensor.parameter: _defer(tensor, stored[tensor.name], storage) for tensor in wanted}
+    packed = packed_linears(packing, stored, wanted, where)
+    floats = [tensor for tensor in wanted if tensor not in {linear.tensor for linear in packed}]
+    shapes = {tensor.name: tensor.shape for tensor in floats}
+    for linear in packed:
+        shapes |= linear.shapes
+    _check(source, architecture, stored, shapes)
+    matrices = {linear.tensor: open_matrix(linear, stored) for linear in packed}
+    quantization = specification_of({tensor.key: matrix for tensor, matrix in matrices.items()})
+    storage = dtype or _lossless(stored[tensor.name] for tensor in floats if len(tensor.shape) == 2)
+    routing, exported = _read_routing(source)
+    spec = _specification(architecture, routing, quantization, storage, source)
+    flat = {tensor.parameter: _defer(tensor, stored[tensor.name], storage) for tensor in floats}
+    for tensor, matrix in matrices.items():
+        flat |= {f"{tensor.node}/quantized/{name}": leaf for name, leaf in matrix.leaves().items()}
     flat |= _read_routers(source, spec)
-    types = _source_types(wanted, stored, flat)
+    types = _source_types(floats, stored, flat)
     original = {"name": source.resolve().name, "config": config, **types, **_generation_config(source)}
     provenance = {"stage": "convert", "huggingface": original}
-    if quantization:
-        provenance["dequantized_from"] = quantization
+    if exported:
+        provenance["dequantized_from" if quantization is None else "packed_from"] = exported
     return Checkpoint(spec, nest(flat), load_tokenizer(source), provenance)
 
 
@@ -182,10 +202,14 @@ def _read_routing(source: Path) -> tuple[RoutingSpecification | None, dict[str, 
 
 
 def _specification(
-    architecture: Architecture, routing: RoutingSpecification | None, storage: Storage, source: Path
+    architecture: Architecture,
+    routing: RoutingSpecification | None,
+    quantization: QuantizationSpecification | None,
+    storage: Storage,
+    source: Path,
 ) -> ModelSpecification:
     try:
-        spec = ModelSpecification(architecture=architecture, routing=routing, dtype=storage)
+        spec = ModelSpecification(architecture=architecture, routing=routing, quantization=quantization, dtype=storage)
     except ValidationError as error:
         raise InputError(f"{source / ROUTING}: {error.errors()[0]['msg']}") from error
     for bits, thresholds in (routing.thresholds if routing else {}).items():

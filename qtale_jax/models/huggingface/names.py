@@ -33,6 +33,27 @@ class Tensor:
     parameter: str
     transposed: bool = False
 
+    @property
+    def module(self) -> str:
+        """Name of the module there that it belongs to."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def node(self) -> str:
+        """Path of the module here."""
+        return self.parameter.rsplit("/", 1)[0]
+
+    @property
+    def key(self) -> str:
+        """What `QuantizationSpecification.formats` calls it: "0/query", "embedding", "head"."""
+        keys = self.node.split("/")
+        return keys[0] if len(keys) == 1 else f"{keys[1]}/{keys[-1]}"
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is the weight of a linear of a block."""
+        return self.key.rsplit("/", 1)[-1] in LINEARS
+
 
 def linear_path(layer: int, name: str) -> str:
     """Path of linear `name` (one of `LINEARS`) among the parameters."""

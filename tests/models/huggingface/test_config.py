@@ -47,7 +47,10 @@ def test_absent_keys_have_the_defaults_of_llama():
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"mlp_bias": True}, "mlp_bias=True is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; supported: 'silu'"),
-        ({"quantization_config": {"quant_method": "awq"}}, r"the checkpoint is quantized \('awq'\)"),
+        (
+            {"quantization_config": {"quant_method": "hqq"}},
+            "quant_method='hqq' is not supported; supported: 'awq', 'gptq'",
+        ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling: rope_type='yarn' is not supported"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: rope_type='linear' is not supported"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "rope_parameters: low_freq_factor is missing"),
@@ -87,3 +90,10 @@ def test_a_changed_architecture_replaces_what_the_original_config_said(base_spec
     config = config_for(ModelSpecification(architecture=changed), original, "float32", {"bos_token_id": 5})
     assert architecture_from(config, "config.json") == changed
     assert (config["vendor"], config["bos_token_id"]) == (1, 1)
+
+
+def test_what_a_config_says_about_quantization_is_replaced(base_spec):
+    original = {**config_for(base_spec(), None, "float16", {}), "quantization_config": {"quant_method": "gptq"}}
+    assert "quantization_config" not in config_for(base_spec(), original, "float16", {})
+    config = config_for(base_spec(), original, "float16", {}, {"quant_method": "awq"})
+    assert config["quantization_config"] == {"quant_method": "awq"}
