@@ -1,5 +1,7 @@
 """Where the stages of a run find and leave their model directories, when a configuration does not say."""
 
+import hashlib
+import json
 from pathlib import Path
 
 from qtale_jax.config.schema import Config, QuantizeConfig
@@ -7,11 +9,19 @@ from qtale_jax.errors import InputError
 
 
 def quantizer_name(config: QuantizeConfig) -> str:
-    """A short name such as "rtn-4bit-g128-sym"; "float" for 16 bits."""
+    """A short name such as "rtn-4bit-g128-sym", different for different settings; "float" for 16 bits."""
     if config.bits == 16:
         return "float"
     group = "" if config.group_size == -1 else f"-g{config.group_size}"
-    return f"{config.method}-{config.bits}bit{group}{'-sym' if config.symmetric else ''}"
+    parts = f"{'-sym' if config.symmetric else ''}{'-a8' if config.activation_bits == 8 else ''}"
+    return f"{config.method}-{config.bits}bit{group}{parts}{_other_settings(config)}"
+
+
+def _other_settings(config: QuantizeConfig) -> str:
+    """A few letters that stand for the settings which a name does not spell out; nothing if all are the defaults."""
+    spelt = {"model", "output", "method", "bits", "group_size", "symmetric", "activation_bits"}
+    others = config.model_dump(mode="json", exclude=spelt, exclude_defaults=True)
+    return f"-{hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:6]}" if others else ""
 
 
 def trained(config: Config) -> Path:

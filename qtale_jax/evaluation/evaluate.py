@@ -172,7 +172,7 @@ def evaluate(
         error = accuracy.standard_error
     assert counted is not None
     costs = cost(spec, counted.counted)
-    format = spec.quantization.formats[next(iter(spec.quantization.formats))] if spec.quantization else None
+    format = spec.quantization.main_format if spec.quantization else None
     thetas = spec.thresholds if theta is None else (theta,)
     routing = spec.routing.method if spec.routing else "dense"
     sizes = weight_bytes(model.params)
@@ -180,7 +180,7 @@ def evaluate(
         "row": {
             "model": config.evaluate.name or routing,
             "routing": routing,
-            "quantizer": spec.quantization.method if spec.quantization else "none",
+            "quantizer": _quantizer(spec),
             "bits": spec.bits,
             "group_size": format.group_size if format else -1,
             "theta": float(np.mean(thetas)) if spec.routing else None,
@@ -198,6 +198,13 @@ def evaluate(
         **routing_summary(counted.counted),
         "maps": execution_maps(spec, params, *_examples(records, tokenizer, config), policy, tokenizer),
     }
+
+
+def _quantizer(spec: ModelSpecification) -> str:
+    """The method that made the weights, with "-a8" where activations are rounded too; "none"."""
+    if spec.quantization is None:
+        return "none"
+    return spec.quantization.method + ("-a8" if spec.quantization.main_format.activation_bits == 8 else "")
 
 
 def _needs_nats(records: Sequence[Record], config: Config) -> bool:

@@ -113,6 +113,44 @@ def quality_table(summaries: Sequence[Summary], metric: Metric) -> Table:
     )
 
 
+def _quantizer_label(found: Format) -> str:
+    grouped = found.group_size is not None and found.group_size > 0
+    return f"{found.quantizer}, {f'groups of {found.group_size}' if grouped else 'per channel'}"
+
+
+def quantizer_table(summaries: Sequence[Summary], metric: Metric) -> Table:
+    """Quantizers against bit widths, for comparisons of quantizers; full precision stands in every row."""
+    widths = sorted({summary.format.bits for summary in summaries if summary.format.quantizer != "none"}, reverse=True)
+    sections = []
+    for point, models in _sections(summaries).items():
+        for model, found in models.items():
+            full = next((summary for each, summary in found.items() if each.quantizer == "none"), None)
+            rows: dict[str, dict[int, Summary]] = {}
+            for each, summary in found.items():
+                if each.quantizer != "none":
+                    rows.setdefault(_quantizer_label(each), {})[each.bits] = summary
+            sections.append(
+                [
+                    (
+                        Cell(model_label(model)),
+                        Cell(point_label(point)),
+                        Cell(label),
+                        _quality_cell(full, metric),
+                        *(_quality_cell(row.get(bits), metric) for bits in widths),
+                    )
+                    for label, row in rows.items()
+                ]
+            )
+    unit = metric.axis[:1].upper() + metric.axis[1:]
+    return _table(
+        f"{unit} @ executed ratio, by quantizer",
+        ("method", "θ set for", "quantizer", "fp", *(f"{bits}-bit" for bits in widths)),
+        sections,
+        3,
+        f"{unit}, at the share of layers that was run, as measured. {error_note(summaries)}",
+    )
+
+
 def _number(found: Estimate | None, decimals: int) -> Cell:
     if found is None:
         return ABSENT
@@ -235,8 +273,11 @@ def flops_table(summaries: Sequence[Summary]) -> Table:
 
 
 def quality_tables(summaries: Sequence[Summary]) -> list[Table]:
-    """One quality table per measure that occurs, the main one first."""
-    return [quality_table(summaries, metric) for metric in metrics(summaries)]
+    """One quality table per measure that occurs, the main one first; by quantizer where several share a width."""
+    found = [summary.format for summary in summaries if summary.format.quantizer != "none"]
+    several = len({(each.quantizer, each.bits, each.group_size) for each in found}) > len({each.bits for each in found})
+    build = quantizer_table if several else quality_table
+    return [build(summaries, metric) for metric in metrics(summaries)]
 
 
 def all_tables(summaries: Sequence[Summary]) -> list[Table]:
