@@ -2,8 +2,8 @@
 
     python benchmarks/quantize_memory.py --output benchmarks/results/quantize_memory_cpu.json
 
-Every method runs in a process of its own, on a model directory and calibration rows that are made for it: 64 packed rows
-of 256 tokens. The peak is what the operating system counted for the process, everything included.
+Every method runs in a process of its own, on a model directory and calibration rows that are made for it: packed rows of
+256 tokens. The peak is what the operating system counted for the process, everything included.
 """
 
 import json
@@ -21,7 +21,8 @@ CHILD = """
 import json, sys
 import jax.numpy as jnp
 from qtale_jax.config.loading import load_config
-from qtale_jax.quantization.plan import peak_resident_bytes, plan
+from qtale_jax.quantization.memory import peak_resident_bytes
+from qtale_jax.quantization.plan import plan
 from qtale_jax.quantization.streaming import QuantizationRun
 
 config = load_config(sys.argv[1], sys.argv[2:])

@@ -27,7 +27,7 @@ from qtale_jax.errors import InputError
 STAGES = {
     "convert": "Hugging Face checkpoint to model directory, and back with --to-hf",
     "train": "train a model from nothing, or fine-tune one with adapters and routers",
-    "quantize": "round the linears of a model to few bits",
+    "quantize": "store the linears of a model in few bits: RTN, AWQ, GPTQ, MagR",
     "calibrate": "find the threshold that gives an executed ratio, or keeps the quality",
     "evaluate": "measure accuracy, perplexity, executed ratio and cost of a model",
     "generate": "continue prompts",

@@ -15,7 +15,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = config.generate
     model = load(Path(settings.model or paths.newest(config)), compute_dtype=config.train.compute_dtype)
     prompts = settings.prompts or ("",)
-    found = model.generate(prompts, settings.max_new_tokens, settings.temperature, settings.top_p, config.seed)
+    found = model.generate(
+        prompts, settings.max_new_tokens, settings.temperature, settings.top_p, config.seed, settings.kv_cache
+    )
     for prompt, generation in zip(prompts, found, strict=True):
         print(f"{prompt}{generation.text}")
         print(f"[{len(generation.tokens)} tokens, {generation.executed_ratio:.3f} of all layers executed]")

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from qtale_jax.models.policy import Policy
 from qtale_jax.models.specification import ModelSpecification
 
 _forward = jax.jit(forward, static_argnames=("spec", "compute_dtype", "remat"))
+
+KV_CACHES = {"float": None, "int8": jnp.dtype(jnp.int8)}
+"""Forms of the KV cache and their types; None: the type of activations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,17 +87,23 @@ class Model:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        kv_cache: Literal["float", "int8"] = "float",
     ) -> list[Generation]:
         """Continues each prompt; greedy at temperature 0, otherwise nucleus sampling.
 
+        `kv_cache` is the form of cached keys and values: the type of activations, or int8 with one float32 scale per
+        token and KV head, close to half of the bytes of bfloat16.
+
         Raises:
-            InputError: no tokenizer, max_new_tokens < 1, top_p outside (0, 1], or prompt plus continuation longer than
-                the context.
+            InputError: no tokenizer, max_new_tokens < 1, top_p outside (0, 1], an unknown kv_cache, or prompt plus
+                continuation longer than the context.
         """
         if not prompts:
             return []
         if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
             raise InputError("generate needs max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1")
+        if kv_cache not in KV_CACHES:
+            raise InputError(f"generate: kv_cache={kv_cache!r}; allowed: {' or '.join(map(repr, KV_CACHES))}")
         ids = encode(self._tokenizer(), prompts)
         longest, limit = max(map(len, ids)), self.spec.architecture.max_length
         if min(map(len, ids)) == 0:
@@ -120,6 +129,7 @@ class Model:
                 jnp.int32(-1 if stop is None else stop),
                 max_new_tokens=max_new_tokens,
                 compute_dtype=jnp.dtype(self.compute_dtype),
+                cache_dtype=KV_CACHES[kv_cache],
             )
         )
         return [self._generation(out, row, len(prompt)) for row, prompt in enumerate(ids)]

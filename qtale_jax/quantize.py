@@ -25,7 +25,8 @@ def run_stage(config: Config, *, quiet: bool = False) -> Path:
     from qtale_jax import paths
     from qtale_jax.artifact import refuse_existing, weight_bytes
     from qtale_jax.models.decoder import abstract_parameters
-    from qtale_jax.quantization.plan import peak_resident_bytes, plan
+    from qtale_jax.quantization.memory import peak_resident_bytes
+    from qtale_jax.quantization.plan import plan
     from qtale_jax.quantization.streaming import QuantizationRun
     from qtale_jax.reporting.console import layer_progress, plan_table, quantization_tables
 
@@ -34,6 +35,7 @@ def run_stage(config: Config, *, quiet: bool = False) -> Path:
     if config.quantize.bits == 16:
         return _copy(source, target)
     job = QuantizationRun(source, config)
+    job.check(target)
     shape = None if job.rows is None else (job.rows.tokens.shape[0], job.rows.tokens.shape[1])
     expected = plan(job.spec, job.formats, config.quantize, shape, jnp.dtype(config.train.compute_dtype))
     console = Console(stderr=True)

@@ -4,12 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
 import qtale_jax
 from qtale_jax.artifact import save_model
 from qtale_jax.data import reasoning
 from qtale_jax.data.tokens import encode
 from qtale_jax.errors import InputError
+from qtale_jax.generate import main as run_generate
+from qtale_jax.inference.generation import generate
 from qtale_jax.models.decoder import initialize
 from qtale_jax.models.policy import Dense
 from qtale_jax.models.specification import Architecture, ModelSpecification, RoutingSpecification
@@ -120,11 +123,30 @@ def test_generation(model):
         {"max_new_tokens": 4, "top_p": 0.0},
         {"max_new_tokens": 4, "top_p": 1.1},
         {"max_new_tokens": 26},
+        {"max_new_tokens": 4, "kv_cache": "int4"},
     ],
 )
 def test_impossible_generations_are_refused(model, arguments):
     with pytest.raises(InputError):
         model.generate([PROMPT], **arguments)
+
+
+@pytest.mark.slow
+def test_generation_with_an_int8_cache(model, path, tmp_path, capsys):
+    """The argument and the configuration key choose the same program, another one than without them."""
+    before = generate._cache_size()
+    default, rounded = model.generate([PROMPT], 5), model.generate([PROMPT], 5, kv_cache="int8")
+    assert generate._cache_size() == before + 2
+    assert model.generate([PROMPT], 5, kv_cache="float") == default
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({"generate": {"model": str(path), "prompts": [PROMPT], "max_new_tokens": 5}})
+    )
+    for form, (one,) in (("float", default), ("int8", rounded)):
+        run_generate([str(tmp_path / "config.yaml"), f"generate.kv_cache={form}"])
+        assert capsys.readouterr().out.startswith(f"{PROMPT}{one.text}\n[{len(one.tokens)} tokens")
+    assert generate._cache_size() == before + 2
+    with pytest.raises(InputError, match="generate.kv_cache"):
+        run_generate([str(tmp_path / "config.yaml"), "generate.kv_cache=int4"])
 
 
 @pytest.mark.slow

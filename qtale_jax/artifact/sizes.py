@@ -10,8 +10,9 @@ PARTS = ("embedding", "head", "norms", "routers", "adapters", "linears", "scales
 def weight_bytes(params: Parameters) -> dict[str, int]:
     """Bytes by part, and "total"; two int4 share a byte.
 
-    "linears" are the kernels or stored integers of the seven linears of a block, "scales" their scales and zero points,
-    "adapters" LoRA. Works on arrays and on `abstract_parameters`, with one tree per layer.
+    "linears" are the kernels or stored integers of the seven linears of a block, "scales" what stands beside these:
+    scales, zero points, orders. "adapters" are LoRA; all that an embedding, head or router takes is counted as that.
+    Works on arrays and on `abstract_parameters`, with one tree per layer.
     """
     parts: dict[str, int] = dict.fromkeys(PARTS, 0)
     for name, leaf in flatten(params).items():
@@ -25,8 +26,8 @@ def _part(name: str) -> str:
         return "routers"
     if "lora" in keys:
         return "adapters"
-    if keys[-1] in ("scales", "zero_points"):
-        return "scales"
     if keys[0] in ("embedding", "head"):
         return keys[0]
+    if keys[-1] in ("scales", "zero_points", "order"):
+        return "scales"
     return "norms" if keys[-2].endswith("norm") else "linears"

@@ -338,6 +338,13 @@ class QuantizeConfig(Section):
             raise ValueError(
                 f"bits={self.bits} does not go with method={self.method!r}: 16 bits if and only if method is 'none'"
             )
+        if self.bits == 16:
+            others = ("rules", "activation_bits", "embedding_bits", "head_bits", "router_bits")
+            if idle := [name for name in others if getattr(self, name) not in ((), 16)]:
+                raise ValueError(
+                    f"bits=16 leaves the model as it is, {idle[0]} would do nothing; "
+                    "allowed: other bits, with rules of 16 for what stays in floating point"
+                )
         widths = {self.bits, *(rule.bits for rule in self.rules if rule.bits)} - {16}
         if self.activation_bits == 8 and (narrow := sorted(widths - {4, 8})):
             raise ValueError(
@@ -391,6 +398,9 @@ class GenerateConfig(Section):
     max_new_tokens: Positive = Field(default=64, description="tokens to add")
     temperature: NotNegative = Field(default=0.0, description="0: greedy")
     top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus sampling")
+    kv_cache: Literal["float", "int8"] = Field(
+        default="float", description="cached keys and values: float, as activations; int8, rounded per token and head"
+    )
 
 
 class ExperimentConfig(Section):

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from qtale_jax.inference.sampling import sample
-from qtale_jax.models.decoder import Context, LayerCache, Parameters
+from qtale_jax.models.cache import LayerCache, empty_cache
+from qtale_jax.models.decoder import Context, Parameters
 from qtale_jax.models.forward import embed, run_layers, unembed
 from qtale_jax.models.policy import Policy
 from qtale_jax.models.rotary import rotary_tables
@@ -30,12 +31,20 @@ class Generated:
 
 
 def empty_caches(spec: ModelSpecification, batch: int, slots: int, dtype: jnp.dtype) -> dict[int, LayerCache]:
-    """Caches in which nothing is kept; fresh for every call, so nothing of an earlier one can be seen."""
-    architecture = spec.architecture
-    shape = (batch, slots, architecture.num_kv_heads, architecture.head_dim)
+    """Caches in which nothing is kept; fresh for every call, so nothing of an earlier one can be seen.
+
+    Args:
+        spec: the model.
+        batch: rows.
+        slots: tokens per row, prompt and new ones.
+        dtype: of keys and values: a floating-point type, or int8 (one float32 scale per token and KV head).
+
+    Raises:
+        ValueError: another type.
+    """
+    shape = spec.architecture
     return {
-        layer: LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, slots), jnp.bool_))
-        for layer in range(architecture.num_layers)
+        layer: empty_cache(batch, slots, shape.num_kv_heads, shape.head_dim, dtype) for layer in range(shape.num_layers)
     }
 
 
@@ -63,7 +72,7 @@ def advance(
     return hidden, routing.execute, caches
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "max_new_tokens", "compute_dtype"))
+@functools.partial(jax.jit, static_argnames=("spec", "max_new_tokens", "compute_dtype", "cache_dtype"))
 def generate(
     spec: ModelSpecification,
     params: Parameters,
@@ -77,6 +86,7 @@ def generate(
     *,
     max_new_tokens: int,
     compute_dtype: jnp.dtype = jnp.float32,
+    cache_dtype: jnp.dtype | None = None,
 ) -> Generated:
     """Continues right-padded prompts until `stop_id` (-1: none) or `max_new_tokens`.
 
@@ -91,14 +101,20 @@ def generate(
         top_p: nucleus mass.
         stop_id: the token that ends a row; it is counted.
         max_new_tokens: static size of the result.
-        compute_dtype: type of activations and of cached keys and values.
+        compute_dtype: type of activations.
+        cache_dtype: type of cached keys and values, floating point or int8; default: `compute_dtype`. An element on the
+            border of two integers may fall either way when it is computed among another number of rows or tokens, as
+            its last bits may then differ: what follows can move by up to what rounding costs.
+
+    Raises:
+        ValueError: `cache_dtype` is another type.
     """
     batch, width = prompts.shape
     layers = spec.architecture.num_layers
     dtype = jnp.dtype(compute_dtype)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None, :], prompts.shape)
-    caches = empty_caches(spec, batch, width + max_new_tokens, dtype)
+    caches = empty_caches(spec, batch, width + max_new_tokens, dtype if cache_dtype is None else cache_dtype)
     hidden, prompt_execute, caches = advance(
         spec, params, prompts, positions, positions < lengths[:, None], caches, policy, dtype
     )

@@ -14,6 +14,7 @@ from flax import nnx, traverse_util
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from qtale_jax.models.attention import Attention, attend
+from qtale_jax.models.cache import LayerCache
 from qtale_jax.models.layers import Embedding, Linear, RMSNorm
 from qtale_jax.models.router import Router
 from qtale_jax.models.specification import LINEARS, ModelSpecification
@@ -57,25 +58,6 @@ class Context:
     own: Bool[Array, "b t s"]
     present: Bool[Array, "b t"]
     slots: Array | None = None
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class LayerCache:
-    """Keys and values of one layer, by position; `kept` says which belong to tokens that executed the layer."""
-
-    key: Float[Array, "b s k d"]
-    value: Float[Array, "b s k d"]
-    kept: Bool[Array, "b s"]
-
-    def insert(self, slots: Array, key: Array, value: Array, execute: Array) -> "LayerCache":
-        """Writes the tokens at `slots` (batch, length)."""
-        rows = jnp.arange(slots.shape[0])[:, None]
-        return LayerCache(
-            self.key.at[rows, slots].set(key.astype(self.key.dtype)),
-            self.value.at[rows, slots].set(value.astype(self.value.dtype)),
-            self.kept.at[rows, slots].set(execute),
-        )
 
 
 class Block(nnx.Module):

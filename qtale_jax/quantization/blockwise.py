@@ -5,7 +5,8 @@ its integer dots with few rows are ten times slower than float32. Here a scan ta
 integers become float32 while they are in the cache, and the product of the block is an ordinary float32 dot. Measured
 ratios stand in `benchmarks/results/decode_quantized`.
 
-Zero points are taken off afterwards: (q - z) s x = (q x - z sum(x)) s.
+Zero points are taken off before the product. q x - z sum(x) would be the same number but loses digits: where most
+integers stand near z, two large sums cancel.
 """
 
 import jax
@@ -28,7 +29,8 @@ FEW_ROWS = 16
 def steps(inputs: int, outputs: int, format: TensorFormat) -> tuple[int, int] | None:
     """(steps, groups per step) of the scan; one group per step without groups. None: this form does not fit.
 
-    The padded inputs have to fall into blocks of whole packed blocks, and 4-bit outputs into pairs.
+    The padded inputs have to fall into blocks of whole packed blocks, and 4-bit outputs into pairs. Packed widths take
+    one group per step: their fields are many products already, which take long to compile and in 3 bits to run.
     """
     unit = BLOCK if format.bits in (2, 3) else 1
     if format.bits == 4 and outputs % 2:
@@ -41,6 +43,8 @@ def steps(inputs: int, outputs: int, format: TensorFormat) -> tuple[int, int] | 
     if format.group_size % unit or format.group_size < SMALLEST:
         return None
     groups = inputs // format.group_size
+    if format.bits in (2, 3):
+        return groups, 1
     at_once = _largest_divisor(groups, most // format.group_size)
     return groups // at_once, at_once
 
@@ -75,45 +79,48 @@ def product(
         values = jax.lax.bitcast_convert_type(values.reshape(-1, outputs // 2, 2), jnp.uint8)
     inputs = jnp.moveaxis(x.reshape(rows, count, at_once, -1), 0, 2)
     blocks = values.reshape(count, at_once, -1, values.shape[-1])
-    grid: tuple[Array, ...] = ()
-    if format.group_size != -1:
-        grid = tuple(array.reshape(count, at_once, outputs) for array in (scales, zero_points) if array is not None)
+    grouped = format.group_size != -1
+    grid = (scales, zero_points) if grouped else (None, None)
+    grid = jax.tree.map(lambda array: array.reshape(count, at_once, 1, outputs), grid)
 
-    def scaled(total: Array, x: Array, scale: Array, zero: Array | None) -> Array:
-        if zero is not None:
-            total = total - jnp.sum(x, axis=-1, keepdims=True) * zero.astype(jnp.float32)
-        return total * scale.astype(jnp.float32)
-
-    def step(carry: Array, block: tuple[Array, Array, tuple[Array, ...]]) -> tuple[Array, None]:
+    def step(carry: Array, block: tuple[Array, Array, tuple[Array | None, ...]]) -> tuple[Array, None]:
         x, values, grid = block
         for group in range(at_once):
-            part = _integers(x[group], values[group], format)
-            if grid:
-                scale, *zero = (array[group][None] for array in grid)
-                part = scaled(part, x[group], scale, zero[0] if zero else None)
-            carry = carry + part
+            scale, zero = (None if array is None else array[group] for array in grid)
+            part = _integers(x[group], values[group], zero if grouped else zero_points, format)
+            carry = carry + (part if scale is None else part * scale.astype(jnp.float32))
         return carry, None
 
     total, _ = jax.lax.scan(step, jnp.zeros((rows, outputs), jnp.float32), (inputs, blocks, grid))
-    return scaled(total, x, scales, zero_points) if format.group_size == -1 else total
+    return total if grouped else total * scales.astype(jnp.float32)
 
 
-def _integers(x: Float[Array, "m n"], values: Array, format: TensorFormat) -> Float[Array, "m o"]:
-    """X @ q for one block of integers."""
+def _integers(x: Float[Array, "m n"], values: Array, zero: Array | None, format: TensorFormat) -> Float[Array, "m o"]:
+    """X @ (q - z) for one block of integers that share their zero points (1, outputs)."""
     if format.bits == 8:
-        return x @ values.astype(jnp.float32)
+        return x @ _shifted(values, zero)
     if format.bits == 4:
         high = values.astype(jnp.int8) >> jnp.int8(4)  # arithmetic shifts carry the sign along
         low = (values << jnp.uint8(4)).astype(jnp.int8) >> jnp.int8(4)
-        pair = [x @ nibble.astype(jnp.float32) for nibble in (low, high)]
+        zeros = (None, None) if zero is None else (zero[:, 0::2], zero[:, 1::2])
+        pair = [x @ _shifted(nibble, of) for nibble, of in zip((low, high), zeros, strict=True)]
         return jnp.stack(pair, axis=-1).reshape(x.shape[0], -1)
     total, blocks = jnp.zeros((), jnp.float32), values.reshape(-1, BLOCK * format.bits // 8, values.shape[-1])
+    # The zero point as it would be packed: cut into fields like the values, so that q = z is 0 in every field.
+    code = (jnp.zeros((1, 1), jnp.int8) if zero is None else zero) + jnp.int8(2 ** (format.bits - 1))
     for low, width, field in fields(blocks, format.bits):
         bytes_ = field.reshape(-1, values.shape[-1])
         inputs = x.reshape(x.shape[0], -1, 8 // width, 4 * width)
-        offset = 2.0 ** (width - 1) if low + width == format.bits else 0.0  # what was added before packing
+        off = (code >> jnp.int8(low)) & jnp.int8(2**width - 1)
         for position in range(8 // width):
             value = (bytes_ >> jnp.uint8(position * width)) & jnp.uint8(2**width - 1)
             part = inputs[:, :, position].reshape(x.shape[0], -1)
-            total = total + (2.0**low * part) @ (value.astype(jnp.float32) - offset)
+            total = total + (2.0**low * part) @ _shifted(value, off)
     return total
+
+
+def _shifted(values: Array, zero: Array | None) -> Float[Array, "n o"]:
+    if zero is None:
+        return values.astype(jnp.float32)
+    # As integers: a subtraction in float32 costs a pass of its own.
+    return (values.astype(jnp.int16) - zero.astype(jnp.int16)).astype(jnp.float32)

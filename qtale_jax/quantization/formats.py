@@ -13,14 +13,15 @@ def formats_of(spec: ModelSpecification, config: QuantizeConfig) -> dict[str, Te
     """The formats of `QuantizationSpecification`, in the order in which matrices are quantized.
 
     Raises:
-        InputError: a group size that does not divide, a rule that matches nothing, bits for something that the model
-            does not have, or a quantizer that leaves every linear in floating point.
+        InputError: a group size that does not divide, a rule that matches nothing, bits for a head that the
+            model does not have, or a quantizer that leaves every linear in floating point.
     """
     layers = range(spec.architecture.num_layers)
     names = [f"{layer}/{name}" for layer in layers for name in LINEARS]
     _check_rules(config.rules, names)
     formats = {}
     for layer in layers:
+        # A dense model has no routers, and is quantized beside routed ones by the same settings.
         if config.router_bits != 16 and layer in spec.routed_layers:
             formats[f"{layer}/router"] = _plain(config)
         for name in LINEARS:
@@ -58,8 +59,6 @@ def _plain(config: QuantizeConfig) -> TensorFormat:
 
 
 def _ends(spec: ModelSpecification, config: QuantizeConfig) -> dict[str, TensorFormat]:
-    if config.router_bits != 16 and spec.routing is None:
-        raise InputError(f"quantize.router_bits={config.router_bits}: the model has no routers; allowed: 16")
     if config.head_bits != 16 and spec.architecture.tied_head:
         raise InputError(
             f"quantize.head_bits={config.head_bits}: the model's head is its embedding; use quantize.embedding_bits"

@@ -1,11 +1,11 @@
 """The seam: one function multiplies activations with a weight, whatever the weight is stored as."""
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-import qwix
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int8, Int32
 
 from qtale_jax.models.specification import TensorFormat
 from qtale_jax.quantization import blockwise
@@ -52,15 +52,17 @@ def linear(x: Float[Array, "... i"], weight: Weight, dtype: jnp.dtype | None = N
     """Returns x @ weight, accumulated in float32, as `dtype` (default: the type of x).
 
     A quantized weight is restored where it is used, so that XLA can fuse the conversion into the product's operand; few
-    rows on a CPU take the form of `blockwise`; with `activation_bits` 8 the product is an integer dot.
+    rows on a CPU take the form of `blockwise`; with `activation_bits` 8 the product is an integer dot. Of a weight with
+    an order the activations are put into it, which is cheaper than to put the weight back and keeps the fusion.
     """
     dtype = x.dtype if dtype is None else dtype
     if not isinstance(weight, QuantizedWeight):
         return _multiply(x, weight.astype(x.dtype)).astype(dtype)
+    x, weight = _in_stored_order(x, weight)
     if weight.format.activation_bits == 8:
         return integer_dot(x, weight).astype(dtype)
     rows = x.size // x.shape[-1]
-    if rows > blockwise.FEW_ROWS or blockwise.steps(*weight.shape, weight.format) is None:
+    if not 0 < rows <= blockwise.FEW_ROWS or blockwise.steps(*weight.shape, weight.format) is None:
         return _multiply(x, weight.dequantize(x.dtype)).astype(dtype)
     return jax.lax.platform_dependent(
         x,
@@ -75,35 +77,51 @@ def _multiply(x: Float[Array, "... i"], matrix: Float[Array, "i o"]) -> Float[Ar
 
 
 def _few_rows(x: Float[Array, "... i"], weight: QuantizedWeight) -> Float[Array, "... o"]:
-    rows = _in_stored_order(x, weight).reshape(-1, x.shape[-1]).astype(jnp.float32)
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     out = blockwise.product(rows, weight.values, weight.scales, weight.zero_points, weight.format)
     return out.reshape(*x.shape[:-1], -1)
 
 
-def _in_stored_order(x: Float[Array, "... i"], weight: QuantizedWeight) -> Float[Array, "... i"]:
-    return x if weight.order is None else jnp.take(x, weight.order, axis=-1)
+def _in_stored_order(x: Float[Array, "... i"], weight: QuantizedWeight) -> tuple[Array, QuantizedWeight]:
+    if weight.order is None:
+        return x, weight
+    return jnp.take(x, weight.order, axis=-1), dataclasses.replace(weight, order=None)
 
 
 def integer_dot(x: Float[Array, "... i"], weight: QuantizedWeight) -> Float[Array, "... o"]:
     """X @ weight with both sides integers: int8 x int8 -> int32, scaled afterwards (W8A8; 4-bit weights widened, W4A8).
 
-    Each row of x is rounded to int8 with its own scale max|x| / 127; a row of zeros has scale 1.
+    Each row of x is rounded to int8 with its own scale max|x| / 127. Zero points are taken off in int32, exactly, as
+    z sum(x): one product with a vector, where a second dot with the zero points spread out takes as long as the first.
+
+    Returns:
+        float32; not finite for rows that are not.
 
     Raises:
         ValueError: the weight has 2 or 3 bits, which have no integer form in storage.
     """
     if weight.format.bits in PACKED:
         raise ValueError(f"{weight.format.bits}-bit weights have no integer dot")
-    rows = _in_stored_order(x, weight).reshape(-1, x.shape[-1])
-    zero = None if weight.zero_points is None else weight.zero_points.astype(jnp.int8)
-    right = qwix.QArray(weight.values.astype(jnp.int8), weight.scales.astype(jnp.float32), zero)
-    out = qwix.dot_general(quantize_rows(rows), right, (((1,), (0,)), ((), ())))
-    return out.reshape(*x.shape[:-1], -1)
+    x, weight = _in_stored_order(x, weight)
+    groups, outputs = weight.scales.shape
+    values, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
+    left = values.reshape(len(values), groups, x.shape[-1] // groups)
+    right = weight.values.astype(jnp.int8).reshape(groups, -1, outputs)
+    total = jax.lax.dot_general(left, right, (((2,), (1,)), ((1,), (0,))), preferred_element_type=jnp.int32)
+    if weight.zero_points is not None:
+        sums = jnp.sum(left, axis=2, dtype=jnp.int32).T[:, :, None]
+        total = total - sums * weight.zero_points.astype(jnp.int32)[:, None]
+    scaled = total.astype(jnp.float32) * weight.scales.astype(jnp.float32)[:, None]
+    return (jnp.sum(scaled, axis=0) * scale).reshape(*x.shape[:-1], outputs)
 
 
-def quantize_rows(x: Float[Array, "m i"]) -> qwix.QArray:
-    """Rounds each row to int8, symmetric, with its own float32 scale."""
+def quantize_rows(x: Float[Array, "m i"]) -> tuple[Int8[Array, "m i"], Float[Array, "m 1"]]:
+    """Rounds each row to int8, symmetric, with its own float32 scale.
+
+    A row of zeros, or of numbers that float32 can barely hold, has scale 1; one that is not finite keeps a scale that
+    is not, so that it does not become a number.
+    """
     wide = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(wide), axis=1, keepdims=True)
-    scale = jnp.where(largest > 0, largest / 127, 1.0)
-    return qwix.QArray(jnp.round(wide / scale).astype(jnp.int8), scale)
+    scale = jnp.max(jnp.abs(wide), axis=1, keepdims=True) / 127
+    scale = jnp.where(scale < float(jnp.finfo(jnp.float32).tiny), 1.0, scale)
+    return jnp.round(wide / scale).astype(jnp.int8), scale

@@ -83,6 +83,8 @@ def quantize_matrix(
         return float(_output_error(problem.kernel, candidate, statistics.hessian))
 
     plain = output_of(rounded)
+    if not math.isfinite(plain):
+        return rounded, LinearReport(bits, plain_error, rows=rows, fallback="its inputs are not finite")
     compared = plain if problem.rounding_error is None else problem.rounding_error
     candidate, retries, reason = _candidate(problem, config, statistics, last_sample or statistics)
     if candidate is not None:

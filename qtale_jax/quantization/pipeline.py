@@ -53,15 +53,15 @@ def quantize_parameters(
     if config.sees_activations and prefix is None:
         raise ValueError(f"quantize.method={config.method!r} needs calibration rows")
     formats = formats_of(spec, config)
+    ends = quantize_ends(params, formats)
     if prefix is not None:
-        prefix.start(params["embedding"])
+        prefix.start((params | ends)["embedding"], formats.get("embedding"))
     layers, reports = {}, []
     for index, layer in params["layers"].items():
         layers[index], report = quantize_layer(spec, index, layer, formats, config, prefix)
         reports.append(report)
         progress(index)
     quantization = QuantizationSpecification(method=quantizer_of(config), formats=formats)
-    ends = quantize_ends(params, formats)
     return spec.model_copy(update={"quantization": quantization}), {**params, **ends, "layers": layers}, reports
 
 

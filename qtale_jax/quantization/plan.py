@@ -6,7 +6,6 @@ is arithmetic over a rate that was just measured (on CPUs) or is a share of the 
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +14,16 @@ from qtale_jax.config.schema import QuantizeConfig
 from qtale_jax.models.cost import layer_flops, peak_flops
 from qtale_jax.models.decoder import abstract_parameters
 from qtale_jax.models.specification import ModelSpecification, TensorFormat
+from qtale_jax.quantization.memory import resident_bytes
 from qtale_jax.quantization.scaling import READERS
 from qtale_jax.quantization.storage import array_bytes
 
-COMPILED = 160 * 2**20
-"""What the compiler and the programs it makes keep in host memory; measured for blocks of any size on a CPU."""
+PROGRAMS = {"rtn": 150, "awq": 440, "gptq": 530, "magr": 440, "magr+gptq": 560}
+"""MiB that the compiler and its programs take in host memory, by method; on a CPU, the same from 0.3 to 100 million
+parameters within a tenth (`benchmarks/quantize_memory.py`)."""
+
+WRITING = 2.7
+"""What writing an array holds at its peak, in sizes of the array: the array, Orbax's copy, and buffers."""
 
 UTILISATION = 0.4
 """Share of the measured or published matmul rate that the large products reach."""
@@ -36,24 +40,6 @@ class Plan:
     def peak(self) -> int:
         """Expected peak: host memory of the process on a CPU; on an accelerator its memory, without the process."""
         return sum(self.memory.values())
-
-
-def resident_bytes() -> int:
-    """Memory that this process holds now; 0 where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
-    return pages * 4096
-
-
-def peak_resident_bytes() -> int:
-    """The most memory that this process has held so far; 0 where the system does not say."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def plan(
@@ -78,10 +64,10 @@ def plan(
     ends = max(array_bytes(leaf) for part in ("embedding", "head") for leaf in jax.tree.leaves(abstract.get(part, {})))
     linears = [(name, *spec.architecture.linear_shape(name)) for name in spec_linears()]
     on_host = jax.default_backend() == "cpu"
-    memory = {"process and compiled programs": resident_bytes() + COMPILED if on_host else 0}
+    memory = {"process": resident_bytes(), "compiled programs": PROGRAMS[config.method] * 2**20} if on_host else {}
     memory["a layer, restored and stored"] = layer + 4 * sum(i * o for _, i, o in linears) + layer // 2
     if shape is None:
-        memory["one matrix at work"] = max(ends * 2, 4 * 4 * max(i * o for _, i, o in linears))
+        memory["largest step"] = max(round(WRITING * ends), 4 * 4 * max(i * o for _, i, o in linears))
         return Plan(memory, _reading(spec))
     rows, length = shape
     size = jnp.dtype(compute_dtype).itemsize
@@ -96,7 +82,7 @@ def plan(
     memory["statistics"] = sum(4 * i * i for i in held)
     memory["largest step"] = max(
         _forward_bytes(spec, batch, length, size),
-        2 * ends,
+        round(WRITING * ends),
         max(_matrix_bytes(i, o, config) for _, i, o in linears),
     )
     return Plan(memory, _reading(spec) + _arithmetic(spec, config, rows * length) / (UTILISATION * peak_flops()))

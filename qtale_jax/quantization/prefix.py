@@ -6,6 +6,7 @@ count in the layer's statistics: a layer that most tokens skip is fitted to the 
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -17,7 +18,7 @@ from qtale_jax.config.schema import StatisticsConfig
 from qtale_jax.models.decoder import Parameters, skeleton
 from qtale_jax.models.forward import context_of, embed, merge, route
 from qtale_jax.models.policy import Dense, Policy, Thresholded
-from qtale_jax.models.specification import ModelSpecification
+from qtale_jax.models.specification import ModelSpecification, QuantizationSpecification, TensorFormat
 from qtale_jax.models.stacking import stacks
 from qtale_jax.quantization.statistics import Statistics, accumulate, no_rows
 
@@ -56,13 +57,15 @@ def _observe(
     hidden: Float[Array, "b t d"],
     tokens: Int[Array, "b t"],
     segment_ids: Int[Array, "b t"],
+    execute: Bool[Array, "b t"],
     counted: Bool[Array, "b t"],
     found: Statistics,
 ) -> Statistics:
     """Adds the inputs of linear `reader` at the tokens that count."""
     context, _ = context_of(spec, tokens, segment_ids)
     block = merge(skeleton(spec).layers[kind], layer)
-    return accumulate(found, block.linear_inputs(hidden, context, counted)[reader], counted)
+    # Tokens that count without executing leave no key behind, or those that execute would see what they never see.
+    return accumulate(found, block.linear_inputs(hidden, context, execute)[reader], counted)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "kind"), donate_argnames=("hidden",))
@@ -90,6 +93,7 @@ class Prefix:
         segment_ids: np.ndarray,
         settings: StatisticsConfig,
         compute_dtype: jnp.dtype,
+        thresholds: Sequence[float] | None = None,
     ):
         """Cuts the rows into batches; the last one is filled up with padding.
 
@@ -99,9 +103,10 @@ class Prefix:
             segment_ids: (rows, length) int32, 0 for padding.
             settings: batch size, which tokens count, how many at least.
             compute_dtype: type of the hidden states.
+            thresholds: theta per routed layer, those at which the quantized model will run; default: those of `spec`.
         """
         self._spec, self._settings, self._dtype = spec.structure, settings, jnp.dtype(compute_dtype)
-        self._thresholds = spec.thresholds
+        self._thresholds = spec.thresholds if thresholds is None else tuple(thresholds)
         size, count = settings.batch_size, len(tokens)
         self._last_row = (count - 1) % size
         self._tokens, self._segments = (
@@ -112,12 +117,14 @@ class Prefix:
         self._execute: list[np.ndarray] = []
         self._counted: list[np.ndarray] = []
 
-    def start(self, embedding: Parameters) -> None:
-        """Embeds the rows."""
+    def start(self, embedding: Parameters, format: TensorFormat | None = None) -> None:
+        """Embeds the rows, with the embedding that the quantized model will have; `format` is how it is stored."""
+        spec = self._spec
+        if format is not None:
+            stored = QuantizationSpecification(method="rtn", formats={"embedding": format})
+            spec = spec.model_copy(update={"quantization": stored})
         run = jax.jit(embed, static_argnums=(0, 3))
-        self._hidden = [
-            run(self._spec, {"embedding": embedding}, jnp.asarray(tokens), self._dtype) for tokens in self._tokens
-        ]
+        self._hidden = [run(spec, {"embedding": embedding}, jnp.asarray(t), self._dtype) for t in self._tokens]
 
     def decide(self, index: int, layer: Parameters) -> Counts:
         """Finds out which tokens execute layer `index`, and which count in its statistics."""
@@ -145,11 +152,11 @@ class Prefix:
         """
         architecture = self._spec.architecture
         found = no_rows(architecture.linear_shape(reader)[0])
-        batches = list(zip(self._hidden, self._tokens, self._segments, self._counted, strict=True))
-        for hidden, tokens, segments, counted in batches[-1:] if last_sample_only else batches:
+        batches = list(zip(self._hidden, self._tokens, self._segments, self._execute, self._counted, strict=True))
+        for *batch, counted in batches[-1:] if last_sample_only else batches:
             if last_sample_only:
                 counted = counted & (np.arange(len(counted)) == self._last_row)[:, None]
-            found = _observe(self._spec, self._kind(index), reader, layer, hidden, tokens, segments, counted, found)
+            found = _observe(self._spec, self._kind(index), reader, layer, *batch, counted, found)
         return found
 
     def advance(self, index: int, layer: Parameters) -> None:

@@ -90,7 +90,7 @@ def as_qarray(stored: Stored, format: TensorFormat) -> qwix.QArray:
 
 
 def storage_bytes(shape: tuple[int, int], format: TensorFormat) -> int:
-    """Bytes that a (inputs, outputs) matrix takes in `format`: integers, scales and zero points."""
+    """Bytes that a (inputs, outputs) matrix takes in `format`: integers, scales, zero points and order."""
     return sum(map(array_bytes, abstract(shape, format).values()))
 
 

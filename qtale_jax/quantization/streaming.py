@@ -15,11 +15,15 @@ import jax.numpy as jnp
 
 from qtale_jax.artifact import Deferred, GrowingModel, StoredModel, fingerprint, lineage, versions
 from qtale_jax.artifact.arrays import Flat
+from qtale_jax.artifact.growing import check_target
 from qtale_jax.config.schema import Config
+from qtale_jax.errors import InputError
+from qtale_jax.models.decoder import Parameters
 from qtale_jax.models.specification import ModelSpecification, QuantizationSpecification, TensorFormat
 from qtale_jax.quantization.calibration_rows import CalibrationRows, calibration_rows
 from qtale_jax.quantization.formats import formats_of
 from qtale_jax.quantization.layer import quantize_layer, restore_layer
+from qtale_jax.quantization.memory import release_freed
 from qtale_jax.quantization.pipeline import check_source, quantize_ends, quantizer_of
 from qtale_jax.quantization.prefix import Prefix
 from qtale_jax.quantization.report import LayerReport, LinearReport
@@ -59,15 +63,24 @@ class QuantizationRun:
         )
         return self.spec.model_copy(update={"quantization": quantization})
 
+    def check(self, target: str | Path) -> None:
+        """Checks that `target` can be written, before anything is computed.
+
+        Raises:
+            InputError: it exists, or holds the beginning of another run.
+        """
+        check_target(target, self._identity(self.quantized_spec))
+
     def carry_out(self, target: str | Path, say: Say = lambda report, before: None) -> list[LayerReport]:
         """Writes the quantized model to `target`.
 
         Raises:
-            InputError: `target` exists, holds the beginning of another run, or a weight is not finite.
+            InputError: `target` exists, holds the beginning of another run, or a weight is not finite; in the last
+                case nothing is left of what was written.
         """
         spec, settings = self.quantized_spec, self.config.quantize
         growing = GrowingModel(target, spec, self._identity(spec))
-        prefix, reports = self._prefix(), []
+        prefix, reports = self._prefix(spec), []
         finished = growing.finished()
         for index in range(spec.architecture.num_layers):
             if index in finished:
@@ -77,12 +90,18 @@ class QuantizationRun:
                     prefix.decide(index, restored)
                     prefix.advance(index, restored)
             else:
-                layer, report = quantize_layer(
-                    self.spec, index, self.stored.layer(index), self.formats, settings, prefix
-                )
+                source = self.stored.layer(index)
+                try:
+                    layer, report = quantize_layer(self.spec, index, source, self.formats, settings, prefix)
+                except InputError:  # the same command would come to the same end
+                    growing.discard()
+                    raise
                 growing.add_layer(index, layer, asdict(report))
+                del source, layer  # not to be held beside the next ones
+                release_freed()
             reports.append(report)
             say(report, index in finished)
+        prefix = None  # its hidden states are not needed beside what is written now
         provenance = lineage(
             "quantize",
             self.source,
@@ -105,12 +124,13 @@ class QuantizationRun:
     def _settings(self) -> dict[str, Any]:
         return self.config.quantize.model_dump(mode="json", exclude={"model", "output"})
 
-    def _prefix(self) -> Prefix | None:
+    def _prefix(self, spec: ModelSpecification) -> Prefix | None:
         if self.rows is None:
             return None
         dtype = jnp.dtype(self.config.train.compute_dtype)
-        prefix = Prefix(self.spec, self.rows.tokens, self.rows.segment_ids, self.config.quantize.statistics, dtype)
-        prefix.start(self.stored.part("embedding"))
+        settings = self.config.quantize.statistics
+        prefix = Prefix(self.spec, self.rows.tokens, self.rows.segment_ids, settings, dtype, spec.thresholds)
+        prefix.start(self._quantized("embedding"), self.formats.get("embedding"))
         return prefix
 
     def _ends(self, spec: ModelSpecification) -> Flat:
@@ -118,13 +138,19 @@ class QuantizationRun:
         rest: Flat = {}
         for part in ("embedding", "head", "final_norm"):
             if part in self.formats:
-                quantized = quantize_ends({part: self.stored.part(part)}, {part: self.formats[part]})
-                rest |= {f"{part}/quantized/{name}": leaf for name, leaf in quantized[part]["quantized"].items()}
+                quantized = self._quantized(part)["quantized"]
+                rest |= {f"{part}/quantized/{name}": leaf for name, leaf in quantized.items()}
             else:
                 for name, leaf in self.stored.abstract.items():
                     if name.startswith(f"{part}/"):
                         rest[name] = Deferred(leaf.shape, leaf.dtype, lambda name=name: self._array(name))
         return rest
+
+    def _quantized(self, part: str) -> Parameters:
+        """Embedding or head as the quantized model has it."""
+        found = {part: self.stored.part(part)}
+        formats = {name: format for name, format in self.formats.items() if name == part}
+        return (found | quantize_ends(found, formats))[part]
 
     def _array(self, name: str):
         return jax.device_get(self.stored.read([name])[name])

@@ -16,7 +16,9 @@ NEW, WIDTH = 6, 8
 reference = jax.jit(forward, static_argnums=0)
 
 
-def run(model, prompts, *, theta=None, temperature=0.0, top_p=1.0, seed=0, stop=-1, new=NEW, width=WIDTH):
+def run(
+    model, prompts, *, theta=None, temperature=0.0, top_p=1.0, seed=0, stop=-1, new=NEW, width=WIDTH, cache_dtype=None
+):
     """Continues lists of ids, padded with a token that would be noticed."""
     spec, params = model
     tokens = np.full((len(prompts), width), 7, np.int32)
@@ -35,6 +37,7 @@ def run(model, prompts, *, theta=None, temperature=0.0, top_p=1.0, seed=0, stop=
             jnp.float32(top_p),
             jnp.int32(stop),
             max_new_tokens=new,
+            cache_dtype=cache_dtype,
         )
     )
 
@@ -58,6 +61,9 @@ def greedy(model, prompt: list[int], new: int) -> list[int]:
 @pytest.fixture(params=["dense", "routed", "without_eviction"])
 def model(request):
     return request.getfixturevalue(request.param)
+
+
+in_both_forms = pytest.mark.parametrize("cache_dtype", [None, jnp.dtype(jnp.int8)], ids=["float", "int8"])
 
 
 def test_routers_are_undecided(routed, prompts):
@@ -90,24 +96,38 @@ def test_skipping_a_layer_in_the_whole_prompt_is_no_different(without_eviction, 
     assert run((none, params), prompts[2:]).tokens.tolist() == [greedy((none, params), prompts[2], NEW)]
 
 
-def test_a_batch_equals_its_rows_alone(model, prompts):
-    together = run(model, prompts)
+@pytest.mark.parametrize(
+    ("name", "cache_dtype"),
+    [
+        ("dense", None),
+        ("routed", None),
+        ("without_eviction", None),
+        ("routed", jnp.dtype(jnp.int8)),
+        ("without_eviction", jnp.dtype(jnp.int8)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "int8" if value else "float",
+)
+def test_a_batch_equals_its_rows_alone(name, cache_dtype, prompts, request):
+    model = request.getfixturevalue(name)
+    together = run(model, prompts, cache_dtype=cache_dtype)
     for row, prompt in enumerate(prompts):
-        alone = run(model, [prompt])
+        alone = run(model, [prompt], cache_dtype=cache_dtype)
         np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
         np.testing.assert_array_equal(alone.new_execute[0], together.new_execute[row])
 
 
-def test_padding_does_not_matter(routed, prompts):
-    narrow, wide = run(routed, prompts), run(routed, prompts, width=WIDTH + 5)
+@in_both_forms
+def test_padding_does_not_matter(routed, prompts, cache_dtype):
+    narrow, wide = (run(routed, prompts, width=width, cache_dtype=cache_dtype) for width in (WIDTH, WIDTH + 5))
     np.testing.assert_array_equal(narrow.tokens, wide.tokens)
     np.testing.assert_array_equal(narrow.new_execute, wide.new_execute)
 
 
-def test_a_second_call_remembers_nothing_of_the_first(routed, prompts):
-    fresh = run(routed, prompts[1:2])
-    run(routed, prompts[2:])
-    again = run(routed, prompts[1:2])
+@in_both_forms
+def test_a_second_call_remembers_nothing_of_the_first(routed, prompts, cache_dtype):
+    fresh = run(routed, prompts[1:2], cache_dtype=cache_dtype)
+    run(routed, prompts[2:], cache_dtype=cache_dtype)
+    again = run(routed, prompts[1:2], cache_dtype=cache_dtype)
     jax.tree.map(np.testing.assert_array_equal, fresh, again)
 
 
@@ -157,8 +177,14 @@ def test_a_row_samples_alike_whatever_stands_beside_it(routed, prompts):
     np.testing.assert_array_equal(alone.tokens[0], together.tokens[0])
 
 
-def test_thetas_seeds_and_temperatures_share_one_program(routed, prompts):
-    run(routed, prompts)
+@in_both_forms
+def test_thetas_seeds_and_temperatures_share_one_program(routed, prompts, cache_dtype):
+    run(routed, prompts, cache_dtype=cache_dtype)
     before = generate._cache_size()
-    run(routed, prompts[::-1], theta=0.3, temperature=0.7, top_p=0.9, seed=8, stop=4)
+    run(routed, prompts[::-1], theta=0.3, temperature=0.7, top_p=0.9, seed=8, stop=4, cache_dtype=cache_dtype)
     assert generate._cache_size() == before
+
+
+def test_a_cache_of_another_type_is_refused(dense, prompts):
+    with pytest.raises(ValueError, match="floating point or int8, found int4"):
+        run(dense, prompts, cache_dtype=jnp.dtype(jnp.int4))

@@ -12,6 +12,8 @@ from qtale_jax.quantization.awq import search_clip, search_scales
 from qtale_jax.quantization.output_error import output_error
 from qtale_jax.quantization.rounding import dequantize, fit_grid, grouped, quantize, quantize_to_grid
 
+pytestmark = pytest.mark.slow
+
 SEEDS = (0, 1, 2)
 CASES = [
     *[

@@ -11,6 +11,8 @@ from qtale_jax.quantization.gptq import gptq
 from qtale_jax.quantization.output_error import output_error, weight_error
 from qtale_jax.quantization.rounding import dequantize, quantize
 
+pytestmark = pytest.mark.slow
+
 SEEDS = (0, 1, 2)
 
 

@@ -12,6 +12,8 @@ from qtale_jax.quantization.magr import magr, prox_of_maximum
 from qtale_jax.quantization.output_error import output_error
 from qtale_jax.quantization.rounding import dequantize, quantize
 
+pytestmark = pytest.mark.slow
+
 SEEDS = (0, 1, 2)
 SHAPES = [(96, 40), (172, 64)]
 prox = jax.jit(prox_of_maximum)

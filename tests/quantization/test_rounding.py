@@ -195,3 +195,67 @@ def test_groups_must_divide_the_inputs():
         validate(TensorFormat(bits=4, group_size=16), 30, "key")
     with pytest.raises(InputError, match="group_size=0"):
         validate(TensorFormat(bits=4, group_size=0), 30, "key")
+
+
+NARROW = [("bfloat16", 2.0**-8), ("float16", 2.0**-11)]
+"""Types of scales and how far, of itself, a number may move when it becomes one."""
+
+
+@pytest.mark.parametrize(("scale", "precision"), NARROW)
+def test_integers_stand_on_the_grid_of_the_stored_scales(weight, format, scale, precision):
+    """Half a stored step, or what is clipped: the range in steps times what the scale lost when it was stored."""
+    narrow = format.model_copy(update={"scale_dtype": scale})
+    rounded = quantize(weight, narrow)
+    assert rounded.scales.dtype == jnp.dtype(scale)
+    step = steps(weight, np.asarray(rounded.scales, np.float64))
+    restored = np.asarray(dequantize(rounded), np.float64)
+    low, high = -(2 ** (format.bits - 1)) + format.symmetric, 2 ** (format.bits - 1) - 1
+    error = np.abs(restored - np.asarray(weight, np.float64)) / step
+    lost = precision / (1 - precision)
+    # A zero point is whole: for want of its fraction one end of the range is clipped up to half a step more.
+    allowed = max(0.5, high * lost) if format.symmetric else 0.5 + (high - low) * lost
+    assert error.max() <= allowed + 1e-4
+    zeros = None if rounded.zero_points is None else steps(weight, np.asarray(rounded.zero_points, np.int64))
+    again = np.rint(np.asarray(weight, np.float64) / step) + (0 if zeros is None else zeros)
+    nearest = np.clip(again, low, high)
+    assert np.abs(nearest - np.asarray(rounded.values, np.int64)).max() <= 1  # a tie may fall either way
+    assert np.mean(nearest != np.asarray(rounded.values, np.int64)) < 0.01
+
+
+def test_scales_that_are_narrowed_afterwards_err_more():
+    """Where the stored scale is half a unit larger, 127 steps are half a step more: integers have to know."""
+    step = 1 + 1.02 * 2.0**-8  # bfloat16 holds 1 + 2^-7
+    weight = np.random.default_rng(0).uniform(100, 127, (64, 2)).astype(np.float32)
+    weight[0] = 127
+    weight = jnp.asarray(weight * np.float32(step))
+    format = TensorFormat(bits=8, symmetric=True, scale_dtype="bfloat16")
+    wide = quantize(weight, format.model_copy(update={"scale_dtype": "float32"}))
+    careless = dequantize(wide._replace(scales=wide.scales.astype(jnp.bfloat16)))
+    careful = dequantize(quantize(weight, format))
+    assert float(jnp.linalg.norm(careful - weight)) < 0.7 * float(jnp.linalg.norm(careless - weight))
+
+
+@pytest.mark.parametrize("scale", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [8, 2])
+def test_groups_that_a_scale_can_barely_hold(scale, symmetric, bits):
+    """Zeros stay zeros; numbers too small or too large for a normal scale keep their sign, and nothing becomes NaN."""
+    limits = jnp.finfo(jnp.dtype(scale))
+    tiny, largest = float(limits.tiny), min(float(limits.max), 1e38)
+    column = np.array([0.0, 1.0, -0.5, 0.25], np.float32)
+    weight = jnp.asarray(np.stack([column * size for size in (0.0, tiny, 0.3 * tiny, largest, 1.0)], axis=1))
+    rounded = quantize_jit(weight, TensorFormat(bits=bits, symmetric=symmetric, scale_dtype=scale))
+    restored = np.asarray(dequantize(rounded), np.float64)
+    stored = np.asarray(rounded.scales, np.float64)
+    assert np.all(np.isfinite(restored)) and np.all(stored >= tiny) and np.all(np.isfinite(stored))
+    assert stored[0, 0] == 1 and np.all(restored[:, 0] == 0) and np.all(restored[0] == 0)
+    wanted = np.asarray(weight, np.float64)
+    assert np.all(restored * wanted >= 0)
+    assert np.all(np.abs(restored - wanted).max(axis=0) <= 1.01 * np.abs(wanted).max(axis=0))
+
+
+def test_a_scale_beyond_its_type_is_clipped_to_the_largest():
+    weight = jnp.array([[1e9], [-1e9], [2e4]], jnp.float32)
+    rounded = quantize(weight, TensorFormat(bits=4, symmetric=True, scale_dtype="float16"))
+    assert float(rounded.scales[0, 0]) == 65504
+    np.testing.assert_array_equal(dequantize(rounded)[:, 0], [7 * 65504, -7 * 65504, 0])

@@ -40,11 +40,45 @@ def test_skeleton_needs_no_weights(format, shape):
     assert storage_bytes(shape, format) == sum(map(array_bytes, stored.values()))
 
 
-def test_bytes_follow_the_formula(format):
+@pytest.mark.parametrize("scale", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_bytes_follow_the_formula(format, scale, permuted):
     inputs, outputs = 4096, 11008
     groups = 1 if format.group_size == -1 else inputs // format.group_size
     zero = 0 if format.symmetric else 0.5 if format.bits == 4 else 1
-    assert storage_bytes((inputs, outputs), format) == outputs * (inputs * format.bits / 8 + groups * (4 + zero))
+    scale_bytes = 4 if scale == "float32" else 2
+    format = format.model_copy(update={"scale_dtype": scale, "permuted": permuted})
+    expected = outputs * (inputs * format.bits / 8 + groups * (scale_bytes + zero)) + 4 * inputs * permuted
+    assert storage_bytes((inputs, outputs), format) == expected
+
+
+def test_bits_per_weight_of_a_published_setting():
+    """Groups of 128 with 16-bit scales: 3 bits and 3/16 of a bit for scale and zero point."""
+    format = TensorFormat(bits=3, group_size=128, scale_dtype="float16")
+    assert storage_bytes((4096, 11008), format) * 8 / (4096 * 11008) == 3 + (16 + 8) / 128
+
+
+@pytest.mark.parametrize("scale", ["bfloat16", "float16"])
+def test_scales_are_stored_in_their_type(weight, format, scale):
+    format = format.model_copy(update={"scale_dtype": scale})
+    stored = store(weight, format)
+    assert stored["scales"].dtype == jnp.dtype(scale)
+    np.testing.assert_array_equal(unstore(stored, weight.shape, format), fake_quantize(weight, format))
+    found = {name: (array.shape, array.dtype) for name, array in stored.items()}
+    assert found == {name: (leaf.shape, leaf.dtype) for name, leaf in abstract(weight.shape, format).items()}
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_rows_in_another_order_come_back_in_their_own(weight, bits):
+    format = TensorFormat(bits=bits, group_size=32, permuted=True)
+    order = jnp.asarray(np.random.default_rng(bits).permutation(64).astype(np.int32))
+    stored = lay_out(quantize(weight[order], format), format, order)
+    assert stored["order"].dtype == jnp.int32
+    found = {name: (array.shape, array.dtype) for name, array in stored.items()}
+    assert found == {name: (leaf.shape, leaf.dtype) for name, leaf in abstract(weight.shape, format).items()}
+    restored = unstore(stored, weight.shape, format)
+    np.testing.assert_array_equal(restored[order], fake_quantize(weight[order], format))
+    assert storage_bytes(weight.shape, format) == sum(map(array_bytes, stored.values()))
 
 
 def test_int4_is_held_at_half_a_byte():

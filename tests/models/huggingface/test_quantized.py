@@ -20,6 +20,8 @@ from qtale_jax.models.huggingface import from_huggingface, packing, read_hugging
 from qtale_jax.models.specification import LINEARS, TensorFormat
 from qtale_jax.quantization.storage import recover
 
+pytestmark = pytest.mark.slow
+
 TOKENS = np.random.default_rng(1).integers(0, 40, (2, 12)).astype(np.int32)
 
 MODULES = {

@@ -23,6 +23,8 @@ from qtale_jax.models.specification import (
     TensorFormat,
 )
 
+pytestmark = pytest.mark.slow
+
 TOKENS = np.random.default_rng(1).integers(0, 64, (2, 20)).astype(np.int32)
 
 ROUTING = RoutingSpecification(
