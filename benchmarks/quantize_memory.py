@@ -2,8 +2,8 @@
 
     python benchmarks/quantize_memory.py --output benchmarks/results/quantize_memory_cpu.json
 
-Every method runs in a process of its own, on a model directory and calibration rows that are made for it: packed rows of
-256 tokens. The peak is what the operating system counted for the process, everything included.
+Every method runs in a process of its own, on a model directory and calibration rows that are made for it: packed rows
+of 256 tokens. The peak is what the operating system counted for the process, everything included.
 """
 
 import json

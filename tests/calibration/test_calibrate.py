@@ -53,6 +53,7 @@ def config(tmp_path):
     return build
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.5, 0.75])
 def test_the_asked_ratio_is_executed_and_theta_stored_for_these_bits(model, config, tmp_path, ratio):
     found_model, found = calibrate(model, config(ratio=ratio, tolerance=0.01))

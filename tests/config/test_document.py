@@ -109,6 +109,7 @@ nested = st.recursive(
 mappings = st.dictionaries(st.sampled_from(["a", "b", "c"]), nested, max_size=3)
 
 
+@pytest.mark.slow
 @given(mappings, mappings)
 def test_merging_keeps_what_the_later_says_and_what_only_the_earlier_has(base, over):
     merged = merge(base, over)

@@ -239,6 +239,7 @@ def test_second_load_reads_the_files_and_does_not_write(data_dir: str, tmp_path_
     assert len(reasoning.load(data_dir, "validation", "small")) == 7 * SMALL_SIZES["validation"]
 
 
+@pytest.mark.slow
 def test_two_processes_may_prepare_at_once(tmp_path) -> None:
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=reasoning.prepare, args=(str(tmp_path), "small")) for _ in range(2)]

@@ -91,6 +91,7 @@ def test_negative_ids_are_padding_wherever_they_are(make_spec, make_params, run,
     assert not first.routing.execute[:, 4].any()
 
 
+@pytest.mark.slow
 def test_packing_changes_nothing(routed, run, tokens):
     spec, params = routed
     lengths = (5, 3, 2)
@@ -131,6 +132,7 @@ def test_same_input_gives_the_same_bits(routed, run, tokens):
     np.testing.assert_array_equal(first.logits, second.logits)
 
 
+@pytest.mark.slow
 def test_dropout_only_with_a_key(make_spec, make_params, run, tokens):
     spec = make_spec(lora={"dropout": 0.5})
     params = make_params(spec)

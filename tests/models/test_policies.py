@@ -124,6 +124,7 @@ def test_fixed_masks_reproduce_what_was_sampled(layout, run, tokens, eviction_gr
     assert fixed.gates is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["dense", "sampled", "thresholded", "fixed"])
 def test_stacked_and_unrolled_layers_agree(make_spec, make_params, run, tokens, policy):
     spec = make_spec(routing={"always_on_layers": 1}, lora={"rank": 2})

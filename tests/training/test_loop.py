@@ -104,6 +104,7 @@ def test_fine_tune_of_a_parent_distils_from_it(finished, tmp_path, make_config):
     )
 
 
+@pytest.mark.slow
 def test_best_checkpoint_outlives_newer_ones(tmp_path, trainer):
     run = trainer(routing={"method": "dense"}, lora=None)
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
