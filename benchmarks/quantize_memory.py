@@ -58,7 +58,9 @@ def main() -> None:
         config = root / "config.yaml"
         config.write_text(
             f"data: {{kind: reasoning, path: {root}/data, length: 256, packing: true, held_out: 0.5}}\n"
-            f"quantize: {{model: {root}/model, bits: 4, group_size: 128, statistics: {{examples: 900}}}}\n"
+            # Iterations of MagR take time, not memory.
+            f"quantize: {{model: {root}/model, bits: 4, group_size: 128, statistics: {{examples: 900}}, "
+            "magr: {iterations: 10}}\n"
         )
         for method in METHODS:
             command = [sys.executable, "-c", CHILD, str(config), f"quantize.method={method}"]

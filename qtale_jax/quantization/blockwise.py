@@ -1,12 +1,14 @@
 """A product of few rows with a stored weight, as CPUs like it: block after block of inputs, restored in the cache.
 
 XLA for CPUs restores a whole matrix in memory before it multiplies, which for one row costs more than the product, and
-its integer dots with few rows are ten times slower than float32. Here a scan takes a block of inputs at a time: its
-integers become float32 while they are in the cache, and the product of the block is an ordinary float32 dot. Measured
-ratios stand in `benchmarks/results/decode_quantized`.
+its integer dots with few rows are ten times slower than float32. Here a scan takes a few blocks of inputs at a time:
+their integers become float32 while they are in the cache, and each block is an ordinary float32 dot. A dot with few
+rows has one thread, but independent ones run side by side, which is why a step has several. Measured ratios stand in
+`benchmarks/results/decode_quantized_cpu.json`.
 
-Zero points are taken off before the product. q x - z sum(x) would be the same number but loses digits: where most
-integers stand near z, two large sums cancel.
+Zero points of 8, 3 and 2 bits are taken off before the product: q x - z sum(x) would be the same number but loses
+digits where most integers stand near z, as two large sums cancel. At 4 bits that costs at most four of the 24 binary
+digits of float32, and it is done because a subtraction per weight takes a quarter of the time.
 """
 
 import jax
@@ -16,37 +18,44 @@ from jaxtyping import Array, Float
 from qtale_jax.models.specification import TensorFormat
 from qtale_jax.quantization.packing import BLOCK, fields
 
-INPUTS_AT_ONCE, WEIGHTS_AT_ONCE = 256, 2**21
-"""Most inputs and most weights of a step: enough that a step costs little beside its work, few enough for the cache."""
+DOTS = {8: 1, 4: 2, 3: 12, 2: 4}
+"""Dots that a block of inputs becomes, by bits: one for every place that a field can have within a byte."""
+
+DOTS_AT_ONCE = 8
+"""Most dots of a step: more of them take long to compile."""
+
+BLOCK_INPUTS, BLOCK_WEIGHTS = 128, 2**21
+"""Most inputs and most weights of a block: enough that a dot costs little beside its work, few enough for the cache."""
 
 SMALLEST = 16
-"""Fewer inputs to a block are not worth a step."""
+"""Fewer inputs to a block are not worth a dot."""
 
 FEW_ROWS = 16
 """More rows than this are faster with a matrix that is restored as a whole."""
 
 
 def steps(inputs: int, outputs: int, format: TensorFormat) -> tuple[int, int] | None:
-    """(steps, groups per step) of the scan; one group per step without groups. None: this form does not fit.
+    """(steps, blocks per step) of the scan; a block is a group where there are groups. None: this form does not fit.
 
-    The padded inputs have to fall into blocks of whole packed blocks, and 4-bit outputs into pairs. Packed widths take
-    one group per step: their fields are many products already, which take long to compile and in 3 bits to run.
+    The padded inputs have to fall into blocks of whole packed blocks, and 4-bit outputs into pairs. Matrices of more
+    than one block take at least two steps: without a loop XLA restores all of them at once.
     """
     unit = BLOCK if format.bits in (2, 3) else 1
     if format.bits == 4 and outputs % 2:
         return None
-    most = min(INPUTS_AT_ONCE, WEIGHTS_AT_ONCE // outputs)
     if format.group_size == -1:
         units = -(-inputs // unit)
-        at_once = unit * _largest_divisor(units, most // unit)
-        return (units * unit // at_once, 1) if at_once >= min(inputs, SMALLEST) else None
-    if format.group_size % unit or format.group_size < SMALLEST:
-        return None
-    groups = inputs // format.group_size
-    if format.bits in (2, 3):
-        return groups, 1
-    at_once = _largest_divisor(groups, most // format.group_size)
-    return groups // at_once, at_once
+        size = unit * _largest_divisor(units, min(BLOCK_INPUTS, BLOCK_WEIGHTS // outputs) // unit)
+        if size < min(inputs, SMALLEST):
+            return None
+        blocks = units * unit // size
+    else:
+        if format.group_size % unit or format.group_size < SMALLEST:
+            return None
+        size, blocks = format.group_size, inputs // format.group_size
+    most = min(DOTS_AT_ONCE // DOTS[format.bits], 4 * BLOCK_INPUTS // size, 2 * BLOCK_WEIGHTS // (size * outputs))
+    at_once = _largest_divisor(blocks, min(most, blocks // 2))
+    return blocks // at_once, at_once
 
 
 def _largest_divisor(number: int, limit: int) -> int:
@@ -98,13 +107,13 @@ def product(
 def _integers(x: Float[Array, "m n"], values: Array, zero: Array | None, format: TensorFormat) -> Float[Array, "m o"]:
     """X @ (q - z) for one block of integers that share their zero points (1, outputs)."""
     if format.bits == 8:
-        return x @ _shifted(values, zero)
+        return x @ _shifted(values, zero, jnp.int16)
     if format.bits == 4:
         high = values.astype(jnp.int8) >> jnp.int8(4)  # arithmetic shifts carry the sign along
         low = (values << jnp.uint8(4)).astype(jnp.int8) >> jnp.int8(4)
-        zeros = (None, None) if zero is None else (zero[:, 0::2], zero[:, 1::2])
-        pair = [x @ _shifted(nibble, of) for nibble, of in zip((low, high), zeros, strict=True)]
-        return jnp.stack(pair, axis=-1).reshape(x.shape[0], -1)
+        pair = [x @ nibble.astype(jnp.float32) for nibble in (low, high)]
+        total = jnp.stack(pair, axis=-1).reshape(x.shape[0], -1)
+        return total if zero is None else total - jnp.sum(x, axis=1, keepdims=True) * zero.astype(jnp.float32)
     total, blocks = jnp.zeros((), jnp.float32), values.reshape(-1, BLOCK * format.bits // 8, values.shape[-1])
     # The zero point as it would be packed: cut into fields like the values, so that q = z is 0 in every field.
     code = (jnp.zeros((1, 1), jnp.int8) if zero is None else zero) + jnp.int8(2 ** (format.bits - 1))
@@ -115,12 +124,12 @@ def _integers(x: Float[Array, "m n"], values: Array, zero: Array | None, format:
         for position in range(8 // width):
             value = (bytes_ >> jnp.uint8(position * width)) & jnp.uint8(2**width - 1)
             part = inputs[:, :, position].reshape(x.shape[0], -1)
-            total = total + (2.0**low * part) @ _shifted(value, off)
+            total = total + (2.0**low * part) @ _shifted(value, off, jnp.int8)
     return total
 
 
-def _shifted(values: Array, zero: Array | None) -> Float[Array, "n o"]:
+def _shifted(values: Array, zero: Array | None, dtype: jnp.dtype) -> Float[Array, "n o"]:
     if zero is None:
         return values.astype(jnp.float32)
-    # As integers: a subtraction in float32 costs a pass of its own.
-    return (values.astype(jnp.int16) - zero.astype(jnp.int16)).astype(jnp.float32)
+    # As integers, as narrow as the difference allows: a subtraction in float32 costs a pass of its own.
+    return (values.astype(dtype) - zero.astype(dtype)).astype(jnp.float32)
