@@ -7,6 +7,9 @@ from pathlib import Path
 from qtale_jax.config.schema import Config, QuantizeConfig
 from qtale_jax.errors import InputError
 
+HELD_OUT = "held_out"
+"""Folder of an experiment, beside `evaluation`, with what `experiment.held_out_tasks` gave."""
+
 
 def quantizer_name(config: QuantizeConfig) -> str:
     """A short name such as "rtn-4bit-g128-sym", different for different settings; "float" for 16 bits."""

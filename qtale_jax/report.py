@@ -9,19 +9,23 @@ from rich.console import Console
 
 from qtale_jax.command import STAGES, parse, run
 from qtale_jax.config.schema import Config
+from qtale_jax.paths import HELD_OUT
 from qtale_jax.reporting.aggregate import Summary, summarize
+from qtale_jax.reporting.cells import to_markdown, to_rich
 from qtale_jax.reporting.environment import command_line, environment
 from qtale_jax.reporting.logs import read_training
 from qtale_jax.reporting.page import Making, build_page
+from qtale_jax.reporting.paired import all_differences, several_seeds, write_differences
 from qtale_jax.reporting.results import read_evaluations, write_results, write_text
-from qtale_jax.reporting.tables import all_tables, quality_tables, to_markdown, to_rich
+from qtale_jax.reporting.tables import all_tables, held_out_tables, quality_tables
 
 
-def _markdown(title: str, summaries: list[Summary], making: Making) -> str:
+def _markdown(title: str, summaries: list[Summary], making: Making, held_out: list[Summary]) -> str:
     about = [f"- {key}: {value}" for key, value in making.environment.items()]
     parts = [
         f"# {title}\n",
         *map(to_markdown, all_tables(summaries)),
+        *map(to_markdown, held_out_tables(held_out) if held_out else ()),
         "## How this was made\n",
         f"```\n{making.command}\n```\n",
     ]
@@ -43,6 +47,8 @@ def _making(config: Config, command: str | None) -> Making:
 def run_stage(config: Config, *, command: str | None = None, console: Console | None = None) -> Path:
     """Writes OUTPUT/results.json, report.md and report.html, prints the main quality table and the paths.
 
+    With several seeds, paired.json holds the paired differences of all models.
+
     Args:
         config: `output` is the folder whose `evaluation/` and training logs are read, `experiment.title` the heading.
         command: shown as what made the report; default: the command that runs this process.
@@ -60,14 +66,23 @@ def run_stage(config: Config, *, command: str | None = None, console: Console | 
     evaluations = read_evaluations(output / "evaluation")
     summaries = summarize(evaluations)
     runs = read_training(output, {evaluation.row.model for evaluation in evaluations})
+    held_out = summarize(read_evaluations(output / HELD_OUT)) if (output / HELD_OUT).is_dir() else []
     title, making = config.experiment.title, _making(config, command)
     results, markdown, page = output / "results.json", output / "report.md", output / "report.html"
-    documents = {markdown: _markdown(title, summaries, making), page: build_page(title, summaries, runs, making)}
+    documents = {
+        markdown: _markdown(title, summaries, making, held_out),
+        page: build_page(title, summaries, runs, making, held_out),
+    }
     write_results(results, [evaluation.row for summary in summaries for evaluation in summary.evaluations])
+    paired = output / "paired.json"
+    if several_seeds(summaries):
+        write_differences(paired, all_differences(summaries))
+    else:
+        paired.unlink(missing_ok=True)  # one of an earlier report, with other evaluations
     for path, text in documents.items():
         write_text(path, text)
     console.print(to_rich(quality_tables(summaries)[0]))
-    for path in (results, markdown, page):
+    for path in filter(Path.exists, (results, paired, markdown, page)):
         # Paths go out whole on one line, so that they can be copied.
         console.print(str(path), highlight=False, markup=False, soft_wrap=True)
     return page

@@ -47,7 +47,7 @@ def find(path: Sequence[str | int]) -> Node | None:
 
 def _child(node: Node, key: str | int) -> Node | None:
     if node.get("type") == "array":
-        return node.get("items")
+        return node.get("items") or node["prefixItems"][0]  # a pair: both entries are alike
     extra = node.get("additionalProperties")
     return node.get("properties", {}).get(key, extra if isinstance(extra, dict) else None)
 
@@ -70,6 +70,8 @@ def _words(node: Node) -> str:
     if "const" in node:
         return str(node["const"])
     kind = node.get("type")
+    if "prefixItems" in node:
+        return f"pair of {allowed(node['prefixItems'][0])}"
     if kind == "array":
         return f"list of {allowed(node['items'])}"
     if kind == "object":

@@ -84,7 +84,8 @@ def _group_sizes(config: Config) -> Iterator[tuple[str, int]]:
     """
     if config.quantize.model is None and not config.quantize.rules:
         yield "quantize.group_size", config.quantize.group_size
-    yield "train.quantization_aware.group_size", config.train.quantization_aware.group_size
+    for index, format in enumerate(config.train.quantization_aware.formats):
+        yield f"train.quantization_aware.formats.{index}.group_size", format.group_size
     for index, quantizer in enumerate(config.experiment.quantizers):
         if quantizer.rules:
             continue

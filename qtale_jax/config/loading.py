@@ -17,6 +17,7 @@ from qtale_jax.config.document import (
     read_document,
 )
 from qtale_jax.config.explain import explain
+from qtale_jax.config.presets import with_preset
 from qtale_jax.config.schema import Config, ExperimentConfig, RoutingConfig
 from qtale_jax.errors import InputError
 
@@ -76,7 +77,7 @@ def base_config(config: Config, *, source: str = "configuration") -> Config:
     implied = {
         "routing": {"method": "dense"},
         "lora": None,
-        "train": {"parameters": "all", "distillation": {"weight": 0.0}, "quantization_aware": {"bits": 16}},
+        "train": {"parameters": "all", "distillation": {"weight": 0.0}, "quantization_aware": {"formats": []}},
     }
     return _with_part(config, merge(implied, config.experiment.base or {}), f"{source}: experiment.base")
 
@@ -134,7 +135,7 @@ def _apply(document: Document, assignments: Sequence[str]) -> None:
 
 def _validate(document: Document, source: str) -> Config:
     try:
-        return Config.model_validate(document.values)
+        return Config.model_validate(with_preset(document.values))
     except ValidationError as error:
         raise InputError(explain(error, document, source)) from None
 
@@ -152,9 +153,9 @@ def _check_experiment(config: Config, source: str) -> None:
             )
         base_config(config, source=source)
     for name, overrides in experiment.methods.items():
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.@-]*", name):
             raise InputError(
-                f"{source}: experiment.methods: found the name {name!r}; allowed: letters, digits, '_', '.', '-'"
+                f"{source}: experiment.methods: found the name {name!r}; allowed: letters, digits, '_', '.', '-', '@'"
             )
         if name != "dense" or overrides:
             base = None if experiment.base is None else f"{config.output}/base"

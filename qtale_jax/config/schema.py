@@ -71,6 +71,16 @@ class ArchitectureConfig(Section):
         return self
 
 
+class DropConfig(Section):
+    """Static layer dropping: layers that are taken out of the parent before fine-tuning (ShortGPT, Men, 2024)."""
+
+    keep: Fraction = Field(default=1.0, description="share of layers that stays; the first always_on_layers always do")
+    by: Literal["influence", "even"] = Field(
+        default="influence", description="influence: those that change the hidden states least go; even: evenly spaced"
+    )
+    examples: Positive = Field(default=128, description="calibration examples that influence is measured on")
+
+
 class ModelConfig(Section):
     """Where training starts: a model directory, or a random initialisation."""
 
@@ -79,21 +89,32 @@ class ModelConfig(Section):
     )
     architecture: ArchitectureConfig = Field(default=ArchitectureConfig(), description="shape when path is not given")
     tokenizer: str = Field(
-        default="reasoning", description="'reasoning', or a directory with tokenizer.json; used without path"
+        default="reasoning",
+        description="'reasoning', 'reasoning-study', or a directory with tokenizer.json; used without path",
     )
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="storage type of frozen weights")
+    drop: DropConfig = Field(default=DropConfig(), description="layers that are taken out of the parent")
 
 
 class RoutingConfig(Section):
     """Token-adaptive layer execution: routers and the losses that shape them."""
 
-    method: Literal["dense", "dllm", "qtale"] = Field(
-        default="qtale", description="dense: no routers; dllm: entropy_weight 0"
+    method: Literal["dense", "dllm", "qtale", "mod", "random"] = Field(
+        default="qtale",
+        description="dense: no routers; dllm: entropy_weight 0; mod: Mixture-of-Depths; random: no learning",
+    )
+    preset: Literal["qtale_plus"] | None = Field(
+        default=None, description="qtale_plus: our recipe, over all sections; keys that are given win over it"
     )
     always_on_layers: int = Field(default=2, ge=0, description="first layers without a router")
     always_on_tokens: int = Field(default=2, ge=0, description="first tokens of a sequence that execute every layer")
     router_hidden: Positive = Field(default=512, description="hidden width of a router")
     target: Fraction = Field(default=0.5, description="executed share that the rate loss aims at")
+    target_range: tuple[Fraction, Fraction] | None = Field(
+        default=None,
+        strict=False,
+        description="lowest and highest share: every step aims at another one, theta moving along; none: target",
+    )
     counting: Literal["all", "routed"] = Field(
         default="all", description="layers that the target counts; D-LLM counts all"
     )
@@ -103,6 +124,12 @@ class RoutingConfig(Section):
     rate_weight: NotNegative = Field(default=5.0, description="lambda_1, weight of the rate loss")
     rate_schedule: Literal["sin", "constant"] = Field(default="sin", description="sin: rises as sin(pi/2 * progress)")
     entropy_weight: NotNegative = Field(default=0.3, description="lambda_2, weight of the entropy loss; 0 for dllm")
+    entropy_schedule: Literal["constant", "anneal"] = Field(
+        default="constant", description="anneal: lambda_2 falls to 0 between 20 and 80 percent of the steps"
+    )
+    noise_schedule: Literal["constant", "anneal"] = Field(
+        default="constant", description="anneal: the noise falls to 0 between 20 and 80 percent of the steps"
+    )
     entropy_form: Literal["log_cosh", "entropy"] = Field(
         default="log_cosh", description="log cosh(gap/2), or 1 - H(p)/ln 2"
     )
@@ -123,6 +150,12 @@ class RoutingConfig(Section):
             )
         if self.method == "qtale" and self.entropy_weight == 0:
             raise ValueError("method 'qtale' needs entropy_weight > 0; without it the method is 'dllm'")
+        if self.target_range is not None:
+            low, high = self.target_range
+            if low > high:
+                raise ValueError(f"target_range has to rise, found [{low:g}, {high:g}]")
+            if self.method in ("mod", "random"):
+                raise ValueError(f"target_range does not go with method={self.method!r}; allowed: dllm or qtale")
         return self
 
     @property
@@ -154,7 +187,10 @@ class DataConfig(Section):
     evaluation_path: str | None = Field(
         default=None, description="file for validation and test; default: the tail of path"
     )
-    tasks: Many[str] = Field(default=(), description="subset of tasks; empty: all")
+    suite: Literal["basic", "study"] = Field(default="basic", description="reasoning: which suite of tasks")
+    tasks: Many[str] = Field(
+        default=(), description="subset of tasks; empty: all, but outside training none that the suite holds out"
+    )
     separator: str = Field(default="<|endoftext|>", description="text: splits documents")
     held_out: float = Field(
         default=0.1, ge=0, lt=1, description="share at the end of path kept for validation and test"
@@ -181,12 +217,23 @@ class DistillationConfig(Section):
     temperature: float = Field(default=1.0, gt=0, description="softening of both distributions")
 
 
-class QuantizationAwareConfig(Section):
-    """Straight-through fake quantization of the merged weights during fine-tuning."""
+class WeightFormatConfig(Section):
+    """Integers that weights are rounded to."""
 
-    bits: Bits = Field(default=16, description="bits to train for; 16: off")
+    bits: Literal[2, 3, 4, 8] = Field(default=4, description="bits per weight")
     group_size: GroupSize = Field(default=-1, description="inputs per scale; -1: one scale per output channel")
     symmetric: bool = Field(default=False, description="no zero point")
+
+
+class QuantizationAwareConfig(Section):
+    """Fake quantization of the merged weights during fine-tuning, with the identity as gradient."""
+
+    formats: Many[WeightFormatConfig] = Field(
+        default=(), description="deployed formats, one drawn per quantized step; empty: off"
+    )
+    form: Literal["round", "noise"] = Field(
+        default="round", description="round to nearest, or add uniform noise as wide as the rounding error"
+    )
     every: Positive = Field(default=2, description="quantize on every k-th step, full precision on the others")
 
 
@@ -382,7 +429,9 @@ class EvaluateConfig(Section):
     model: str | None = Field(default=None, description="model directory to read; default: the newest of this run")
     output: str | None = Field(default=None, description="JSON file to write; default: OUTPUT/evaluation/<model>.json")
     name: str | None = Field(default=None, description="model's name in results; default: its routing method")
+    threshold: Fraction | None = Field(default=None, description="theta of all layers; default: the model's own")
     split: Literal["validation", "test"] = Field(default="test", description="split that is evaluated")
+    tasks: Many[str] = Field(default=(), description="tasks that are asked; empty: those of data.tasks")
     max_examples: int | None = Field(default=None, gt=0, description="examples per task; default: all")
     batch_size: Positive = Field(default=64, description="rows per batch")
     normalize: bool = Field(default=True, description="accuracy by log-likelihood per token rather than its sum")
@@ -420,6 +469,12 @@ class ExperimentConfig(Section):
     )
     ratios: Many[Fraction] = Field(
         default=(), description="executed shares at which every routed model is also evaluated"
+    )
+    thresholds: Many[Fraction] = Field(
+        default=(), description="thetas, other than the trained one, at which every routed model is also evaluated"
+    )
+    held_out_tasks: Many[str] = Field(
+        default=(), description="tasks that every model is asked once more, after everything else has been measured"
     )
     title: str = Field(default="QTALE-JAX", description="heading of the report")
 

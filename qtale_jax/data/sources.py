@@ -81,23 +81,23 @@ def read(config: DataConfig, split: str) -> list[Record]:
 
 
 def _reasoning(config: DataConfig, split: str) -> list[Record]:
-    unknown = [task for task in config.tasks if task not in reasoning.TASKS]
+    suite = reasoning.SUITES[config.suite]
+    unknown = [task for task in config.tasks if task not in suite.tasks]
     if unknown:
         raise InputError(
-            f"data.tasks: unknown task {unknown[0]!r}; allowed: {', '.join(reasoning.TASKS)}"
-            f"{nearest(unknown[0], reasoning.TASKS)}"
+            f"data.tasks: unknown task {unknown[0]!r}; allowed: {', '.join(suite.tasks)}"
+            f"{nearest(unknown[0], suite.tasks)}"
         )
-    source = reasoning.load(Path(config.path or "data/reasoning"), split)
+    held_out = () if split == "train" else suite.held_out
+    wanted = config.tasks or [task for task in suite.tasks if task not in held_out]
+    stored = {"basic": "full", "study": "study"}[config.suite]
+    source = reasoning.load(Path(config.path or "data/reasoning"), split, stored)
     count = len(source)
     if split == "train" and config.max_examples is not None and not config.tasks:
         count = min(count, config.max_examples)
     # One bulk read: item by item, ArrayRecord takes three times as long.
     examples = map(reasoning.decode, source.__getitems__(range(count)))
-    return [
-        Choice(e["task"], e["query"], tuple(e["choices"]), e["gold"])
-        for e in examples
-        if not config.tasks or e["task"] in config.tasks
-    ]
+    return [Choice(e["task"], e["query"], tuple(e["choices"]), e["gold"]) for e in examples if e["task"] in wanted]
 
 
 def _cut(config: DataConfig, split: str) -> list[Record]:

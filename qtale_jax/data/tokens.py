@@ -17,20 +17,25 @@ class Tokens(NamedTuple):
     start: int
 
 
+TOKENIZERS = {"reasoning": "basic", "reasoning-study": "study"}
+"""Names of the embedded tokenizers, and their suites."""
+
+
 def load_tokenizer(name: str) -> Any:
-    """The reasoning tokenizer by name, or the one in a directory.
+    """An embedded tokenizer by name, or the one in a directory.
 
     Raises:
         InputError: the directory has no tokenizer files, or damaged ones.
     """
-    if name == "reasoning":
-        return reasoning.tokenizer()
+    if name in TOKENIZERS:
+        return reasoning.tokenizer(TOKENIZERS[name])
     from qtale_jax.artifact import load_tokenizer as from_directory
 
     tokenizer = from_directory(name) if Path(name).is_dir() else None
     if tokenizer is None:
         raise InputError(
-            f"model.tokenizer={name!r}: no tokenizer.json there; allowed: 'reasoning' or a directory with one"
+            f"model.tokenizer={name!r}: no tokenizer.json there; "
+            f"allowed: a directory with one, or {', '.join(map(repr, TOKENIZERS))}"
         )
     return tokenizer
 

@@ -148,7 +148,7 @@ def evaluate(
     Args:
         model: a loaded model directory.
         config: data and evaluate sections.
-        theta: one threshold for all layers instead of the model's own.
+        theta: one threshold for all layers; default: `evaluate.threshold`, or the model's own.
         point: label of how theta was set, for reports; default: from the model's calibration.
         progress: called with the number of rows done.
 
@@ -156,8 +156,10 @@ def evaluate(
         The evaluation file's content: `row` is one row of results.json, beside it what reports draw.
     """
     spec, tokenizer = model.spec, model.tokenizer
+    theta = config.evaluate.threshold if theta is None and spec.routing else theta
     params, policy = layout(spec, model.params), inference_policy(spec, theta)
-    records = per_task(read(config.data, config.evaluate.split), config.evaluate.max_examples)
+    data = config.data.model_copy(update={"tasks": config.evaluate.tasks or config.data.tasks})
+    records = per_task(read(data, config.evaluate.split), config.evaluate.max_examples)
     dtype = jnp.dtype(config.train.compute_dtype)
     settings = {"batch_size": config.evaluate.batch_size, "compute_dtype": dtype, "progress": progress}
     gold_rows = likelihood_rows(records, tokenizer, config)
@@ -184,7 +186,7 @@ def evaluate(
             "bits": spec.bits,
             "group_size": format.group_size if format else -1,
             "theta": float(np.mean(thetas)) if spec.routing else None,
-            "executed_ratio": counted.executed_ratio,
+            "executed_ratio": counted.executed_ratio * spec.kept_share,
             "accuracy": {**accuracy.tasks, "mean": accuracy.mean} if accuracy else None,
             "standard_error": error,
             "nats_per_token": nats,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from qtale_jax.config import resolve
 from qtale_jax.config.loading import base_config, method_config, with_overrides
 from qtale_jax.config.schema import Config, ExperimentConfig, QuantizeConfig
 from qtale_jax.errors import InputError
-from qtale_jax.paths import quantizer_name
+from qtale_jax.paths import HELD_OUT, quantizer_name
 
 Stage = Literal["train", "quantize", "calibrate", "evaluate"]
 
@@ -47,7 +48,7 @@ def plan(config: Config) -> list[Job]:
     Raises:
         InputError: there is nothing to start from, or an override is wrong.
     """
-    root, jobs, measurements = Path(config.output), [], []
+    root, jobs, measurements, last_looks = Path(config.output), [], [], []
     if config.experiment.base is None:
         base, base_needs, base_parent = str(config.model.path), (), _document(config.model.path)
     else:
@@ -68,8 +69,21 @@ def plan(config: Config) -> list[Job]:
                 jobs.append(Job(f"train {name}", (step,), base_needs))
                 needs, parent, model = (f"train {name}",), step.fingerprint(), step.output
             steps = _measure(merged, config.experiment, method, model)
-            measurements.append(Job(f"measure {name}", tuple(replace(s, parent=parent) for s in steps), needs))
-    return jobs + measurements
+            steps = tuple(replace(step, parent=parent) for step in steps)
+            measurements.append(Job(f"measure {name}", steps, needs))
+            if config.experiment.held_out_tasks:
+                asked = [step for step in steps if step.stage == "evaluate"]
+                looks = tuple(_last_look(step, config.experiment.held_out_tasks) for step in asked)
+                last_looks.append(Job(f"ask {name} once more", looks))
+    measured = tuple(job.name for job in measurements)
+    return jobs + measurements + [replace(job, needs=measured) for job in last_looks]
+
+
+def _last_look(step: Step, tasks: Sequence[str]) -> Step:
+    """The same evaluation on the tasks that nothing else has seen, in a folder of its own."""
+    output = step.output.parent.with_name(HELD_OUT) / step.output.name
+    asked = {"output": str(output), "tasks": list(tasks)}
+    return replace(step, config=with_overrides(step.config, {"evaluate": asked}), output=output)
 
 
 def _document(path: str | None) -> str:
@@ -97,6 +111,10 @@ def _measure(config: Config, grid: ExperimentConfig, method: str, model: Path) -
         steps.append(_evaluation(config, method, target, label))
         if config.routing.method == "dense":
             continue
+        for theta in grid.thresholds:
+            if theta == config.routing.threshold:  # measured already
+                continue
+            steps.append(_evaluation(config, method, target, f"{label}-theta{theta:g}", threshold=theta))
         for ratio in grid.ratios:
             calibrated = folder / f"{name}-ratio{ratio:g}"
             settings = {"model": str(target), "output": str(calibrated), "objective": "ratio", "ratio": ratio}
@@ -109,9 +127,10 @@ def _quantizer(quantizer: QuantizeConfig, model: Path, target: Path) -> dict[str
     return {**quantizer.model_dump(), "model": str(model), "output": str(target)}
 
 
-def _evaluation(config: Config, method: str, model: Path, label: str) -> Step:
+def _evaluation(config: Config, method: str, model: Path, label: str, **settings: Any) -> Step:
     output = Path(config.output).parent / "evaluation" / f"{label}.json"
-    return _step(config, "evaluate", output, {"evaluate": {"model": str(model), "output": str(output), "name": method}})
+    settings |= {"model": str(model), "output": str(output), "name": method}
+    return _step(config, "evaluate", output, {"evaluate": settings})
 
 
 def _step(config: Config, stage: Stage, output: Path, overrides: dict[str, Any]) -> Step:

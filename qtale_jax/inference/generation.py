@@ -65,7 +65,7 @@ def advance(
     """
     slot = jnp.arange(caches[0].kept.shape[1], dtype=jnp.int32)[None, None, :]
     at = positions[:, :, None]
-    context = Context(rotary_tables(spec.architecture, positions), slot <= at, slot == at, present, positions)
+    context = Context(rotary_tables(spec.architecture, positions), slot <= at, slot == at, present, tokens, positions)
     always_on_tokens = spec.routing.always_on_tokens if spec.routing else 0
     hidden = embed(spec, params, jnp.maximum(tokens, 0), compute_dtype)
     hidden, routing, _, caches = run_layers(spec, params, hidden, context, positions < always_on_tokens, policy, caches)

@@ -19,7 +19,9 @@ def layer_flops(spec: ModelSpecification, context: float) -> float:
 
 def router_flops(spec: ModelSpecification) -> float:
     """FLOPs of one router for one token; paid whether or not the layer is executed."""
-    return 0.0 if spec.routing is None else 2.0 * spec.routing.router_hidden * (spec.architecture.hidden_size + 2)
+    if spec.routing is None or spec.routing.router == "hashed":
+        return 0.0
+    return 2.0 * spec.routing.router_hidden * (spec.architecture.hidden_size + 2)
 
 
 def flops_per_token(spec: ModelSpecification, executed_per_layer: Sequence[float], contexts: Sequence[float]) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from qtale_jax.models.attention import Attention, attend
 from qtale_jax.models.cache import LayerCache
@@ -50,14 +50,16 @@ class Context:
         causal: keys that a query sees when nothing is evicted.
         own: the key that is the query's own token; a query always sees itself.
         present: tokens that are not padding; padding executes nothing.
-        slots: where each token's key goes in the cache (its position); None without a cache.
+        tokens: ids; only pseudo-random routers look at them.
+        positions: of each token in its sequence; with a cache also the slots that its key and value go to.
     """
 
     tables: tuple[Float[Array, "b t 1 h"], Float[Array, "b t 1 h"]]
     causal: Bool[Array, "b t s"]
     own: Bool[Array, "b t s"]
     present: Bool[Array, "b t"]
-    slots: Array | None = None
+    tokens: Int[Array, "b t"]
+    positions: Int[Array, "b t"]
 
 
 class Block(nnx.Module):
@@ -85,7 +87,8 @@ class Block(nnx.Module):
         self.attention = Attention(architecture, make_linear)
         self.mlp_norm = RMSNorm(architecture.hidden_size, architecture.norm_eps)
         self.mlp = FeedForward(make_linear)
-        if routing is not None and layer >= routing.always_on_layers:
+        self.routed = routing is not None and layer >= routing.always_on_layers
+        if routing is not None and self.routed and routing.router == "learned":
             self.router = Router(
                 architecture.hidden_size,
                 routing.router_hidden,
@@ -126,8 +129,7 @@ class Block(nnx.Module):
         stays = execute if self.eviction else jnp.ones_like(execute)
         key_gate = None
         if cache is not None:
-            assert context.slots is not None, "a cache needs the slot of every token"
-            cache = cache.insert(context.slots, key, value, stays)
+            cache = cache.insert(context.positions, key, value, stays)
             key, value, stays = cache.key.astype(query.dtype), cache.value.astype(query.dtype), cache.kept
         elif self.eviction and gate is not None:
             key_gate = jnp.where(context.own, 1.0, gate[:, None, :])

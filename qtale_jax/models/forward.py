@@ -15,8 +15,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from qtale_jax.models.decoder import Context, LayerCache, Parameters, skeleton
-from qtale_jax.models.policy import Dense, Policy, Sampled, decide, probability
+from qtale_jax.models.policy import Dense, ExpertChoice, Policy, Sampled, decide, probability
 from qtale_jax.models.rotary import rotary_tables
+from qtale_jax.models.router import hashed_logits
 from qtale_jax.models.specification import ModelSpecification
 from qtale_jax.models.stacking import is_stacked, stacks
 from qtale_jax.parallel.axes import constrain
@@ -80,7 +81,8 @@ def context_of(
     causal = (segment_ids[:, :, None] == segment_ids[:, None, :]) & present[:, None, :] & earlier
     own = jnp.broadcast_to(index[None, :, None] == index[None, None, :], causal.shape)
     always_on_tokens = spec.routing.always_on_tokens if spec.routing else 0
-    return Context(rotary_tables(spec.architecture, positions), causal, own, present), positions < always_on_tokens
+    tables = rotary_tables(spec.architecture, positions)
+    return Context(tables, causal, own, present, tokens, positions), positions < always_on_tokens
 
 
 def merge(module: Module, params: Parameters) -> Module:
@@ -109,10 +111,13 @@ def unembed(spec: ModelSpecification, params: Parameters, hidden: Float[Array, "
 
 def route(block, hidden, context, initial, policy, routed, layer):
     """Decides one layer: (execute, gate or None, router logits or None)."""
-    if not hasattr(block, "router"):
+    if not block.routed:
         return context.present, None, None
-    logits = block.router(hidden)
-    execute, gate = decide(policy, logits, routed, layer)
+    if hasattr(block, "router"):
+        logits = block.router(hidden)
+    else:
+        logits = hashed_logits(context.tokens, context.positions, layer)
+    execute, gate = decide(policy, logits, routed, layer, context.present & ~initial)
     return (execute | initial) & context.present, None if gate is None else jnp.where(initial, 1.0, gate), logits
 
 
@@ -120,12 +125,12 @@ def _run_block(
     params, hidden, cache, *, layer, routed, kind, conditional, spec, context, initial, policy, dropout_key, transform
 ):
     """One layer: route, run, keep. `layer` and `routed` may be traced; `kind` is a static layer of its make."""
-    params = transform(params) if transform else params
+    params = transform(params, layer) if transform else params
     block = merge(skeleton(spec).layers[kind], params)
     execute, gate, logits = route(block, hidden, context, initial, policy, routed, layer)
     key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
 
-    through_eviction = isinstance(policy, Sampled) and policy.eviction_gradient
+    through_eviction = isinstance(policy, Sampled | ExpertChoice) and policy.eviction_gradient
 
     def run():
         return block(hidden, context, execute, gate, cache, key, through_eviction)
@@ -157,7 +162,7 @@ def run_layers(
     caches: dict[int, LayerCache] | None = None,
     dropout_key: PRNGKeyArray | None = None,
     remat: Remat = "none",
-    layer_transform: Callable[[Parameters], Parameters] | None = None,
+    layer_transform: Callable[[Parameters, Array | int], Parameters] | None = None,
 ) -> tuple[Float[Array, "b t d"], Routing, Float[Array, "b t r"] | None, dict[int, LayerCache]]:
     """Runs all layers; scans over stacked parameters, unrolls the other layout (the only one with caches)."""
     always_on = len(stacks(spec).get("always_on", ()))
@@ -216,7 +221,7 @@ def forward(
     compute_dtype: jnp.dtype = jnp.float32,
     remat: Remat = "none",
     dropout_key: PRNGKeyArray | None = None,
-    layer_transform: Callable[[Parameters], Parameters] | None = None,
+    layer_transform: Callable[[Parameters, Array | int], Parameters] | None = None,
 ) -> Output:
     """Next-token logits for whole sequences.
 
@@ -230,7 +235,7 @@ def forward(
         compute_dtype: type of activations; routers, norms, softmax and logits are float32 regardless.
         remat: what the backward pass recomputes.
         dropout_key: turns adapter dropout on.
-        layer_transform: applied to each layer's parameters just before use, inside the scan and its remat.
+        layer_transform: applied to each layer's parameters and index just before use, inside the scan and its remat.
 
     Returns:
         Logits and routing.

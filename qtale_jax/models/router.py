@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from qtale_jax.models.layers import Quantized, RMSNorm, parameter
 from qtale_jax.models.specification import TensorFormat
@@ -11,6 +11,25 @@ from qtale_jax.quantization.linear import linear
 
 OPEN_BIAS = (0.1, 2.0)
 """Initial bias of (skip, execute): softmax gives p_execute = 0.87, so training starts near the dense model (D-LLM)."""
+
+
+def hashed_logits(
+    tokens: Int[Array, "b t"], positions: Int[Array, "b t"], layer: Int[Array, ""] | int
+) -> Float[Array, "b t 2"]:
+    """Logits of a router that knows nothing: p is uniform on (0, 1), a hash of the token, its position and the layer.
+
+    The floor for learned routers. It decides alike in prefill and decode and whatever else is in the batch, and
+    theta = 1 - R executes a share R. The hash is the finalizer of MurmurHash3 over an odd-multiplier combination.
+    """
+    word = [jnp.asarray(part).astype(jnp.uint32) for part in (tokens, positions, layer)]
+    mixed = word[0] * jnp.uint32(0x9E3779B1) ^ word[1] * jnp.uint32(0x85EBCA77)
+    mixed = mixed ^ jnp.broadcast_to(word[2] * jnp.uint32(0xC2B2AE3D), mixed.shape)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        mixed = (mixed ^ (mixed >> jnp.uint32(shift))) * jnp.uint32(factor)
+    mixed = mixed ^ (mixed >> jnp.uint32(16))
+    uniform = ((mixed >> jnp.uint32(9)).astype(jnp.float32) + 0.5) * 2.0**-23
+    gap = jnp.log(uniform) - jnp.log1p(-uniform)
+    return jnp.stack([jnp.zeros_like(gap), gap], axis=-1)
 
 
 class Affine(nnx.Module):

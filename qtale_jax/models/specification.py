@@ -62,10 +62,12 @@ class RoutingSpecification(_Frozen, frozen=True):
     """Which layers and tokens are routed, and the thresholds that decide at inference.
 
     `thresholds` maps a bit width ("16", "4", ...) to one theta per routed layer; widths without an entry use 0.5.
-    `calibration` records, per bit width, how theta was found and on what.
+    `calibration` records, per bit width, how theta was found and on what. A "hashed" router has no parameters: its
+    probabilities are pseudo-random (`models.router.hashed_logits`).
     """
 
-    method: Literal["dllm", "qtale"]
+    method: Literal["dllm", "qtale", "mod", "random"]
+    router: Literal["learned", "hashed"] = "learned"
     always_on_layers: int = Field(default=2, ge=0)
     always_on_tokens: int = Field(default=2, ge=0)
     router_hidden: int = 512
@@ -161,6 +163,8 @@ class ModelSpecification(_Frozen, frozen=True):
     routing: RoutingSpecification | None = None
     lora: LoraSpecification | None = None
     quantization: QuantizationSpecification | None = None
+    dropped_layers: tuple[int, ...] = ()
+    """Layers of the model that it was made of that were taken out (static layer dropping)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     @model_validator(mode="after")
@@ -178,6 +182,12 @@ class ModelSpecification(_Frozen, frozen=True):
         return self.quantization.bits if self.quantization else 16
 
     @property
+    def kept_share(self) -> float:
+        """Share of layers that are left after static dropping: what one token executes at most, of the whole model."""
+        layers = self.architecture.num_layers
+        return layers / (layers + len(self.dropped_layers))
+
+    @property
     def structure(self) -> "ModelSpecification":
         """The specification without thresholds and notes, which no program depends on: keys compiled functions."""
         if self.routing is None:
@@ -188,10 +198,15 @@ class ModelSpecification(_Frozen, frozen=True):
 
     @property
     def routed_layers(self) -> tuple[int, ...]:
-        """Indices of the layers that have a router."""
+        """Indices of the layers that not every token has to execute."""
         if self.routing is None:
             return ()
         return tuple(range(self.routing.always_on_layers, self.architecture.num_layers))
+
+    @property
+    def layers_with_router(self) -> tuple[int, ...]:
+        """Indices of the layers whose router has parameters."""
+        return self.routed_layers if self.routing and self.routing.router == "learned" else ()
 
     @property
     def thresholds(self) -> tuple[float, ...]:

@@ -22,7 +22,7 @@ def formats_of(spec: ModelSpecification, config: QuantizeConfig) -> dict[str, Te
     formats = {}
     for layer in layers:
         # A dense model has no routers, and is quantized beside routed ones by the same settings.
-        if config.router_bits != 16 and layer in spec.routed_layers:
+        if config.router_bits != 16 and layer in spec.layers_with_router:
             formats[f"{layer}/router"] = _plain(config)
         for name in LINEARS:
             format = _format(f"{layer}/{name}", config)

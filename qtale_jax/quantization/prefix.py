@@ -45,7 +45,8 @@ def _decide(
     """Tokens that execute the layer, and tokens that are not padding."""
     context, initial = context_of(spec, tokens, segment_ids)
     block = merge(skeleton(spec).layers[kind], layer)
-    return route(block, hidden, context, initial, policy, routed, kind)[0], context.present
+    layer_index = routed + jnp.int32(spec.architecture.num_layers - len(spec.routed_layers))
+    return route(block, hidden, context, initial, policy, routed, layer_index)[0], context.present
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "kind", "reader"), donate_argnames=("found",))

@@ -9,7 +9,9 @@ import numpy as np
 
 from qtale_jax.reporting.results import Evaluation, Histogram
 
-ROUTINGS = ("dense", "dllm", "qtale")
+ROUTINGS = ("dense", "dllm", "qtale", "mod", "random")
+LEAST_THETAS = 3  # fewer do not show how a ratio follows its threshold
+_SWEPT = re.compile(r"(?P<name>.+)@(?P<value>\d*\.?\d+(?:e[+-]?\d+)?)")
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,17 @@ class Summary:
     flip_rate: Estimate | None
     histogram: Histogram | None
     evaluations: tuple[Evaluation, ...]
+
+
+def runs_all_layers(summary: Summary) -> bool:
+    """Whether a model has no routers and no layer was dropped: `dense` alone does not say so."""
+    return summary.routing == "dense" and summary.executed_ratio.mean > 1 - 1e-6
+
+
+def threshold_of(point: str) -> float | None:
+    """The number of a point `threshold 0.50`; none of other points."""
+    found = re.fullmatch(r"threshold\s+(\d*\.?\d+)", point)
+    return float(found.group(1)) if found else None
 
 
 def point_order(point: str) -> tuple:
@@ -203,3 +216,29 @@ def at_reference(summaries: Sequence[Summary]) -> list[Summary]:
     """Dense models, and routed ones at the reference point."""
     point = reference_point(summaries)
     return [summary for summary in summaries if summary.routing == "dense" or summary.point == point]
+
+
+def theta_series(summaries: Iterable[Summary]) -> dict[str, dict[float, Summary]]:
+    """Per routed model, theta to summary at full precision, theta rising; models with several thetas only."""
+    found: dict[str, dict[float, Summary]] = {}
+    for summary in summaries:
+        theta = threshold_of(summary.point)
+        if theta is not None and summary.routing != "dense" and summary.format.quantizer == "none":
+            found.setdefault(summary.model, {}).setdefault(theta, summary)
+    return {model: dict(sorted(series.items())) for model, series in found.items() if len(series) >= LEAST_THETAS}
+
+
+def swept(model: str) -> tuple[str, float] | None:
+    """Name and value of a model called NAME@VALUE; none of other models."""
+    found = _SWEPT.fullmatch(model)
+    return (found["name"], float(found["value"])) if found else None
+
+
+def families(summaries: Iterable[Summary]) -> dict[str, dict[str, float]]:
+    """Sweeps of one hyper-parameter: NAME to its models NAME@VALUE and their values, where there are several values."""
+    found: dict[str, dict[str, float]] = {}
+    for summary in summaries:
+        member = swept(summary.model)
+        if member:
+            found.setdefault(member[0], {})[summary.model] = member[1]
+    return {name: members for name, members in found.items() if len(set(members.values())) > 1}

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from html import escape
 
 from qtale_jax.reporting import plots, tables
-from qtale_jax.reporting.aggregate import Summary, at_reference, reference_point
+from qtale_jax.reporting.aggregate import Summary, at_reference, families, reference_point
+from qtale_jax.reporting.cells import Table
 from qtale_jax.reporting.execution_map import MOST_TOKENS, execution_map
 from qtale_jax.reporting.labels import Look, format_labels, looks, metrics, model_label, point_label
 from qtale_jax.reporting.logs import TrainingRun
+from qtale_jax.reporting.panels import Plot
 from qtale_jax.reporting.stylesheet import STYLESHEET
-from qtale_jax.reporting.tables import Table
+from qtale_jax.reporting.verdict import verdict_table
 
 MOST_EXAMPLES = 4
 
@@ -65,14 +67,16 @@ def _swatch(look: Look) -> str:
         "D": '<path d="M7 1 13 7 7 13 1 7z"/>',
         "^": '<path d="M7 1.5 12.5 12h-11z"/>',
         "v": '<path d="M7 12.5 1.5 2h11z"/>',
+        "X": '<path d="M4 1 7 4l3-3 3 3-3 3 3 3-3 3-3-3-3 3-3-3 3-3-3-3z"/>',
+        "<": '<path d="M1.5 7 12 1.5v11z"/>',
     }
     shape = shapes.get(look.marker, '<path d="M5 1h4v4h4v4H9v4H5V9H1V5h4z"/>')
     style = f"fill:var(--series-{look.index})"
     return f'<svg width="14" height="14" viewBox="0 0 14 14" aria-hidden="true" style="{style}">{shape}</svg>'
 
 
-def _figure(plot: plots.Plot, caption: str) -> str:
-    rows = -(-len(plot.panels) // 4)
+def _figure(plot: Plot, caption: str) -> str:
+    rows = -(-len(plot.panels) // (2 if plot.wide else 4))
     columns = -(-len(plot.panels) // rows)  # five panels stand as three and two
     legend = "".join(f"<li>{_swatch(look)}{escape(look.label)}</li>" for look in plot.legend)
     return (
@@ -86,8 +90,8 @@ def _capital(text: str) -> str:
     return escape(text[:1].upper() + text[1:])
 
 
-def _results(summaries: Sequence[Summary]) -> str:
-    return "".join(f"<h3>{escape(table.title)}</h3>{table_html(table)}" for table in tables.quality_tables(summaries))
+def _titled(found: Sequence[Table]) -> str:
+    return "".join(f"<h3>{escape(table.title)}</h3>{table_html(table)}" for table in found)
 
 
 def _at_reference(summaries: Sequence[Summary], build: Callable[[Sequence[Summary]], Table | None]) -> str:
@@ -104,16 +108,39 @@ def _at_reference(summaries: Sequence[Summary], build: Callable[[Sequence[Summar
 
 def _tradeoff(summaries: Sequence[Summary]) -> str:
     note = escape(tables.error_note(summaries, "A whisker"))
+    axes = "Every panel has its own quality axis. " if plots.crowded(summaries) else ""
     figures = []
     for metric in metrics(summaries):
-        better = "Higher" if metric.scale == 100 else "Lower"
+        better = "Higher" if metric.higher_is_better else "Lower"
         caption = (
             f"<b>{_capital(metric.name)} against executed ratio, one panel per format.</b> {better} is better; further "
-            "left is cheaper. Points of one method differ only in θ. The dotted line is the dense model in that "
-            f"format. Methods compare along a vertical line, at equal ratio. {note}"
+            "left is cheaper. Points of one method differ only in θ. A dotted line is a model that runs all layers, in "
+            f"that format. Methods compare along a vertical line, at equal ratio. {axes}{note}"
         )
         figures.append(_figure(plots.quality_by_ratio(summaries, metric), caption))
     return "".join(figures)
+
+
+def _reach(plot: Plot, table: Table) -> str:
+    caption = (
+        "<b>How far θ moves the share of layers that run, at full precision.</b> A flat line means that the routers "
+        "are decided: few of their probabilities lie between the thresholds."
+    )
+    return _figure(plot, caption) + table_html(table)
+
+
+def _sweep(plot: Plot, summaries: Sequence[Summary]) -> str:
+    point, named = escape(point_label(reference_point(summaries))), families(summaries)
+    rows = [summary for summary in summaries if any(summary.model in members for members in named.values())]
+    models = ", ".join(
+        f"{escape(model_label(name))} at {', '.join(f'{value:g}' for value in sorted(set(members.values())))}"
+        for name, members in named.items()
+    )
+    caption = (
+        f"<b>One hyper-parameter, several values</b> (at {point}): {models}. One row of panels per measure, one panel "
+        f"per format. {escape(tables.error_note(rows, 'A whisker'))}"
+    )
+    return _figure(plot, caption)
 
 
 def _sizes(summaries: Sequence[Summary]) -> str:
@@ -123,10 +150,7 @@ def _sizes(summaries: Sequence[Summary]) -> str:
         f"<b>{_capital(metric.name)} against the bytes of the weights.</b> The number in a marker is the bits per "
         "weight of the linears; fp is full precision, as stored. Routers count.",
     )
-    return figure + "".join(
-        f"<h3>{escape(table.title)}</h3>{table_html(table)}"
-        for table in (tables.bytes_table(summaries), tables.flops_table(summaries))
-    )
+    return figure + _titled((tables.bytes_table(summaries), tables.flops_table(summaries)))
 
 
 def _routing(summaries: Sequence[Summary]) -> str:
@@ -197,19 +221,30 @@ def _making(making: Making) -> str:
     )
 
 
-def _sections(summaries: Sequence[Summary], runs: Sequence[TrainingRun], making: Making) -> list[_Section]:
+def _sections(
+    summaries: Sequence[Summary], runs: Sequence[TrainingRun], making: Making, held_out: Sequence[Summary]
+) -> list[_Section]:
     routed = [summary for summary in summaries if summary.routing != "dense"]
     task_table, curves = tables.task_table(summaries), plots.training_curves(runs, summaries)
-    found = [
-        _Section("results", "Results", _results(summaries)),
-        _Section("ratio", "Quality against executed ratio", _tradeoff(summaries)),
-    ]
+    found = [_Section("results", "Results", _titled(tables.quality_tables(summaries)))]
+    if verdicts := verdict_table(summaries):
+        found.append(_Section("claims", verdicts.title, table_html(verdicts)))
+    if gains := tables.paired_tables(summaries):
+        found.append(_Section("paired", "Paired differences", _titled(gains)))
+    found.append(_Section("ratio", "Quality against executed ratio", _tradeoff(summaries)))
+    reach, reached = plots.threshold_reach(summaries), tables.reach_table(summaries)
+    if reach and reached:
+        found.append(_Section("reach", "Reach of θ", _reach(reach, reached)))
+    if sweep := plots.sweep(summaries):
+        found.append(_Section("sweep", "Sweeps", _sweep(sweep, summaries)))
     if task_table:
         found.append(_Section("tasks", task_table.title, _at_reference(summaries, tables.task_table)))
     if routed:
         found.append(_Section("routing", "Routing", _routing(summaries)))
     if any(row.evaluations[0].maps for row in at_reference(summaries) if row.routing != "dense"):
         found.append(_Section("maps", "Which layers run for which token", _maps_section(summaries)))
+    if held_out:
+        found.append(_Section("held-out", "Held-out tasks", _titled(tables.held_out_tables(held_out))))
     found.append(_Section("cost", "Bytes and FLOPs", _sizes(summaries)))
     if curves:
         caption = (
@@ -231,9 +266,23 @@ def _lead(summaries: Sequence[Summary]) -> str:
     )
 
 
-def build_page(title: str, summaries: Sequence[Summary], runs: Sequence[TrainingRun], making: Making) -> str:
-    """The whole report as one HTML document without references to anything outside it."""
-    sections = _sections(summaries, runs, making)
+def build_page(
+    title: str,
+    summaries: Sequence[Summary],
+    runs: Sequence[TrainingRun],
+    making: Making,
+    held_out: Sequence[Summary] = (),
+) -> str:
+    """The whole report as one HTML document without references to anything outside it.
+
+    Args:
+        title: the heading.
+        summaries: what was measured.
+        runs: logs of training.
+        making: how all of it was made.
+        held_out: what was measured on tasks that nothing was chosen by.
+    """
+    sections = _sections(summaries, runs, making, held_out)
     links = "".join(f'<a href="#{section.anchor}">{escape(section.heading)}</a>' for section in sections)
     body = "".join(
         f'<section id="{section.anchor}"><h2>{escape(section.heading)}</h2>{section.body}</section>\n'

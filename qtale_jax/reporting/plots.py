@@ -1,162 +1,80 @@
-"""Plots: every panel is one small SVG, so that a page can set them side by side or, on a phone, one below the other.
+"""Plots: panels that share their axes, one look per model everywhere."""
 
-Panels of one plot share their axes. Colours that depend on light or dark paper are CSS variables with the light colour
-as fallback, so a panel also stands alone. Legends are not in the panels; see `Plot.legend`.
-"""
-
-import io
 import math
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from html import escape
-from typing import Any
+from dataclasses import replace
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
-from qtale_jax.reporting.aggregate import Estimate, Summary, at_reference, reference_point
-from qtale_jax.reporting.labels import (
-    INK,
-    MUTED,
-    PAPER,
-    RULE,
-    SERIES,
-    Look,
-    Metric,
-    byte_unit,
-    format_labels,
-    looks,
-    point_label,
+from qtale_jax.reporting.aggregate import (
+    Estimate,
+    Summary,
+    at_reference,
+    families,
+    reference_point,
+    runs_all_layers,
+    swept,
+    theta_series,
 )
+from qtale_jax.reporting.labels import OTHERS, PAPER, Look, Metric, byte_unit, looks, metrics, point_label
 from qtale_jax.reporting.logs import TrainingRun
+from qtale_jax.reporting.panels import (
+    SMALL,
+    WIDE,
+    Plot,
+    draw_panel,
+    ends,
+    limits,
+    per_format,
+    spread,
+    stroke,
+    whiskers,
+)
 
-SMALL, WIDE = (2.95, 2.7), (5.4, 3.4)  # inches
-
-_VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper"}
-_VARIABLES |= {light: f"series-{index}" for index, (light, _) in enumerate(SERIES)}
-
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 8.0,
-    "axes.titlecolor": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": MUTED,
-    "axes.linewidth": 0.8,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.unicode_minus": True,
-    "text.parse_math": False,
-    "grid.color": RULE,
-    "grid.linewidth": 0.7,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.size": 3.0,
-    "ytick.major.size": 0.0,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 6.0,
-    "figure.facecolor": "none",
-}
+MOST_TICKS = 6
+MOST_FILLED = 4  # more histograms than that on top of each other are drawn as outlines
 
 
-@dataclass(frozen=True)
-class Plot:
-    """Panels as SVG texts, and the models of the legend that stands above them. `wide`: one large panel."""
-
-    panels: tuple[str, ...]
-    legend: tuple[Look, ...]
-    wide: bool = False
-
-
-def _panel(
-    name: str, title: str, draw: Callable[[Axes], None], width: float = SMALL[0], height: float = SMALL[1]
-) -> str:
-    """Draws one panel of `width` × `height` inches. `name` makes its ids unique on a page."""
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        axes.set_title(title)
-        draw(axes)
-        buffer = io.StringIO()
-        figure.savefig(
-            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        )
-    svg = buffer.getvalue()
-    svg = f'<svg role="img" aria-label="{escape(title)}"' + svg[svg.index("<svg") + 4 :]
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, f"var(--{variable}, {colour})")
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    return re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg).strip()
-
-
-def _whiskers(found: Sequence[Estimate], scale: float = 1.0) -> list[float]:
-    return [scale * (each.error or 0.0) for each in found]
-
-
-def _limits(low: float, high: float, margin: float = 0.06) -> tuple[float, float]:
-    extent = (high - low) or abs(high) * 0.1 or 1.0
-    return low - margin * extent, high + margin * extent
-
-
-def _spread(summaries: Sequence[Summary], metric: Metric) -> tuple[float, float]:
-    """Limits of the quality axis, whiskers included."""
-    found = [metric.of(summary) for summary in summaries]
-    ends = [metric.scale * (each.mean + sign * (each.error or 0.0)) for each in found for sign in (-1, 1)]
-    low, high = _limits(min(ends), max(ends))
-    return low, min(high, 101.5) if metric.scale == 100.0 else high
-
-
-def _per_format(rows: Sequence[Summary], panel: Callable[[int, str, Sequence[Summary]], str]) -> tuple[str, ...]:
-    """One panel per format: its number, its title, the summaries in it."""
-    names = format_labels(rows)
-    return tuple(
-        panel(number, name, [row for row in rows if row.format == each])
-        for number, (each, name) in enumerate(names.items())
-    )
+def crowded(summaries: Sequence[Summary]) -> bool:
+    """Whether there are more models than colours, so that panels must be larger and leave nothing unused."""
+    return any(look.index == OTHERS for look in looks(summaries).values())
 
 
 def quality_by_ratio(summaries: Sequence[Summary], metric: Metric) -> Plot:
-    """Quality against measured executed ratio, one panel per format; points of one model are joined."""
+    """Quality against measured executed ratio, one panel per format; points of one model are joined.
+
+    Many models get large panels with a quality axis each, and of those that run all layers only the level.
+    """
     rows = [summary for summary in summaries if metric.value(summary)]
-    styles = looks(rows)
-    ratios = _limits(min(row.executed_ratio.mean for row in rows), max(row.executed_ratio.mean for row in rows))
-    quality = _spread(rows, metric)
+    styles, many = looks(rows), crowded(rows)
+    placed = [row for row in rows if not (many and runs_all_layers(row))] or rows
+    reached = ends([row.executed_ratio for row in placed])
+    ratios = limits(min(reached), max(reached))
+    quality = spread(rows, metric)
 
     def panel(number: int, title: str, members: Sequence[Summary]) -> str:
         def draw(axes: Axes) -> None:
             for model, look in styles.items():
                 mine = sorted((row for row in members if row.model == model), key=lambda row: row.executed_ratio.mean)
                 found = [metric.of(row) for row in mine]
-                if mine and mine[0].routing == "dense":
+                if mine and runs_all_layers(mine[0]):
                     axes.axhline(metric.scale * found[0].mean, color=look.colour, linewidth=0.9, linestyle=(0, (2, 3)))
                 axes.errorbar(
                     [row.executed_ratio.mean for row in mine],
                     [metric.scale * each.mean for each in found],
-                    xerr=_whiskers([row.executed_ratio for row in mine]),
-                    yerr=_whiskers(found, metric.scale),
-                    color=look.colour,
+                    xerr=whiskers([row.executed_ratio for row in mine]),
+                    yerr=whiskers(found, metric.scale),
                     marker=look.marker,
-                    markeredgecolor=PAPER,
-                    markeredgewidth=0.8,
                     elinewidth=1.1,
+                    **stroke(look),
                 )
-            axes.set(xlim=ratios, ylim=quality, xlabel="executed ratio", ylabel=metric.axis)
+            heights = spread(members, metric) if many else quality
+            axes.set(xlim=ratios, ylim=heights, xlabel="executed ratio", ylabel=metric.axis)
 
-        return _panel(f"{metric.name.split()[0]}-ratio-{number}", title, draw)
+        return draw_panel(f"{metric.name.split()[0]}-ratio-{number}", title, draw, *(WIDE if many else SMALL))
 
-    return Plot(_per_format(rows, panel), tuple(styles.values()))
+    return Plot(per_format(rows, panel), tuple(styles.values()), wide=many)
 
 
 def quality_by_bytes(summaries: Sequence[Summary], metric: Metric) -> Plot:
@@ -173,21 +91,24 @@ def quality_by_bytes(summaries: Sequence[Summary], metric: Metric) -> Plot:
             sizes = [row.weight_bytes / size for row in mine]
             found = [metric.of(row) for row in mine]
             means = [metric.scale * each.mean for each in found]
-            whiskers = _whiskers(found, metric.scale)
-            axes.errorbar(sizes, means, yerr=whiskers, color=look.colour, linewidth=1.1, elinewidth=1.1)
-            axes.plot(sizes, means, "o", markersize=11, color=look.colour, markeredgecolor=PAPER)
+            style = stroke(look, 1.1)
+            axes.errorbar(sizes, means, yerr=whiskers(found, metric.scale), elinewidth=1.1, **style)
+            if look.index == OTHERS:
+                axes.plot(sizes, means, look.marker, **style)
+                continue
+            axes.plot(sizes, means, "o", **style | {"markersize": 11, "markeredgewidth": 1.0})
             marks += zip(
                 sizes,
                 means,
                 ("fp" if row.format.quantizer == "none" else str(row.format.bits) for row in mine),
                 strict=True,
             )
-        axes.set(xlim=(0.0, 1.06 * max(x for x, _, _ in marks)), ylim=_spread(rows, metric))
+        axes.set(xlim=(0.0, 1.06 * max(row.weight_bytes for row in rows) / size), ylim=spread(rows, metric))
         axes.set(xlabel=f"weights, {unit}", ylabel=metric.axis)
         _write_bits(axes, marks)
 
     title = point_label(reference_point(summaries))
-    return Plot((_panel("bytes", title, draw, *WIDE),), tuple(styles.values()), wide=True)
+    return Plot((draw_panel("bytes", title, draw, *WIDE),), tuple(styles.values()), wide=True)
 
 
 def _write_bits(axes: Axes, marks: Sequence[tuple[float, float, str]]) -> None:
@@ -201,6 +122,104 @@ def _write_bits(axes: Axes, marks: Sequence[tuple[float, float, str]]) -> None:
         ]
         if min(near, default=math.inf) >= 8.0:
             axes.text(x, y, bits, ha="center", va="center_baseline", fontsize=6.5, color=PAPER, fontweight="bold")
+
+
+def threshold_reach(summaries: Sequence[Summary]) -> Plot | None:
+    """Executed ratio against theta at full precision; none where no routed model was run at several thetas."""
+    found = theta_series(summaries)
+    if not found:
+        return None
+    styles = {model: look for model, look in looks(summaries).items() if model in found}
+    reached = ends([summary.executed_ratio for series in found.values() for summary in series.values()])
+
+    def draw(axes: Axes) -> None:
+        for model, look in styles.items():
+            ratios = [summary.executed_ratio for summary in found[model].values()]
+            axes.errorbar(
+                list(found[model]),
+                [each.mean for each in ratios],
+                yerr=whiskers(ratios),
+                marker=look.marker,
+                elinewidth=1.1,
+                **stroke(look),
+            )
+        axes.set(xlabel="θ, the same in all layers", ylabel="executed ratio", ylim=limits(min(reached), max(reached)))
+
+    return Plot((draw_panel("reach", "fp", draw, *WIDE),), tuple(styles.values()), wide=True)
+
+
+def sweep(summaries: Sequence[Summary]) -> Plot | None:
+    """Quality, logit gap and flip rate against the value of models NAME@VALUE, at the reference point.
+
+    One row of panels per measure, one panel per format; none where no name has several values.
+    """
+    members = {model for values in families(summaries).values() for model in values}
+    rows = [summary for summary in at_reference(summaries) if summary.model in members]
+    if not rows:
+        return None
+    metric = metrics(rows)[0]
+    measures: list[tuple[str, float, Callable[[Summary], Estimate | None]]] = [
+        (metric.axis, metric.scale, metric.value),
+        ("mean |logit gap|", 1.0, lambda summary: summary.logit_gap),
+        ("flip rate", 1.0, lambda summary: summary.flip_rate),
+    ]
+    panels: list[str] = []
+    for number, (label, scale, measure) in enumerate(measures):
+        panels += _sweep_panels(f"sweep-{number}", rows, label, scale, measure)
+    return Plot(tuple(panels), tuple(_family_looks(rows).values()))
+
+
+def _family_looks(rows: Sequence[Summary]) -> dict[str, Look]:
+    """A family takes the look of the model it is named after."""
+    return looks(replace(row, model=family) for family, _, row in _swept_rows(rows))
+
+
+def _swept_rows(rows: Sequence[Summary]) -> list[tuple[str, float, Summary]]:
+    """Family, value and row, the value rising."""
+    found = [(*member, row) for row in rows if (member := swept(row.model))]
+    return sorted(found, key=lambda each: each[:2])
+
+
+def _sweep_panels(
+    name: str, rows: Sequence[Summary], label: str, scale: float, measure: Callable[[Summary], Estimate | None]
+) -> tuple[str, ...]:
+    """One measure of a sweep, one panel per format; no panels where it was not measured."""
+    reached = ends([found for row in rows if (found := measure(row))], scale)
+    if not reached:
+        return ()
+    values = sorted({value for _, value, _ in _swept_rows(rows)})
+
+    def panel(number: int, title: str, members: Sequence[Summary]) -> str:
+        def draw(axes: Axes) -> None:
+            for model, look in _family_looks(rows).items():
+                mine = [(value, measure(row)) for family, value, row in _swept_rows(members) if family == model]
+                points = [(value, found) for value, found in mine if found]
+                axes.errorbar(
+                    [value for value, _ in points],
+                    [scale * found.mean for _, found in points],
+                    yerr=whiskers([found for _, found in points], scale),
+                    marker=look.marker,
+                    elinewidth=1.1,
+                    **stroke(look),
+                )
+            axes.set(ylim=limits(min(reached), max(reached)), xlabel="value, log scale", ylabel=label)
+            _value_axis(axes, values)
+
+        return draw_panel(f"{name}-{number}", title, draw)
+
+    return per_format(rows, panel)
+
+
+def _value_axis(axes: Axes, values: Sequence[float]) -> None:
+    """A log axis with a tick at every value, if they are few; zero stands at its left end."""
+    positive = [value for value in values if value > 0]
+    if len(positive) < len(values):
+        axes.set_xscale("symlog", linthresh=min(positive))
+    else:
+        axes.set_xscale("log")
+    if len(values) <= MOST_TICKS:
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.xaxis.set_minor_locator(NullLocator())
 
 
 def gap_histograms(summaries: Sequence[Summary]) -> Plot | None:
@@ -217,15 +236,17 @@ def gap_histograms(summaries: Sequence[Summary]) -> Plot | None:
     def panel(number: int, title: str, members: Sequence[Summary]) -> str:
         def draw(axes: Axes) -> None:
             for row in members:
-                colour, histogram = styles[row.model].colour, shown[row.model, row.format]
-                axes.stairs(histogram.density(), histogram.edges, fill=True, color=colour, alpha=0.22)
-                axes.stairs(histogram.density(), histogram.edges, color=colour, linewidth=1.6)
+                look, histogram = styles[row.model], shown[row.model, row.format]
+                if len(styles) <= MOST_FILLED:
+                    axes.stairs(histogram.density(), histogram.edges, fill=True, color=look.colour, alpha=0.22)
+                line = {key: value for key, value in stroke(look).items() if not key.startswith("marker")}
+                axes.stairs(histogram.density(), histogram.edges, **line)
             label = "logit gap, execute − skip" if signed else "|logit gap|"
             axes.set(xlim=(min(used), max(used)), ylim=(0, top), xlabel=label, ylabel="share of decisions per unit")
 
-        return _panel(f"gaps-{number}", title, draw)
+        return draw_panel(f"gaps-{number}", title, draw)
 
-    return Plot(_per_format(rows, panel), tuple(styles.values()))
+    return Plot(per_format(rows, panel), tuple(styles.values()))
 
 
 def layer_shares(summaries: Sequence[Summary]) -> Plot | None:
@@ -243,17 +264,15 @@ def layer_shares(summaries: Sequence[Summary]) -> Plot | None:
                 axes.plot(
                     range(len(row.executed_per_layer)),
                     row.executed_per_layer,
-                    color=look.colour,
                     marker=look.marker,
-                    markeredgecolor=PAPER,
-                    markeredgewidth=0.8,
+                    **stroke(look),
                 )
             axes.set(xlim=(-0.5, depth - 0.5), ylim=(-0.03, 1.05), xlabel="layer", ylabel="share of tokens that run it")
             axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
 
-        return _panel(f"layers-{number}", title, draw)
+        return draw_panel(f"layers-{number}", title, draw)
 
-    return Plot(_per_format(rows, panel), tuple(styles.values()))
+    return Plot(per_format(rows, panel), tuple(styles.values()))
 
 
 def training_curves(runs: Sequence[TrainingRun], summaries: Sequence[Summary]) -> Plot | None:
@@ -264,7 +283,7 @@ def training_curves(runs: Sequence[TrainingRun], summaries: Sequence[Summary]) -
     used: dict[str, Look] = {}
 
     def look_of(run: TrainingRun) -> Look:
-        look = styles.get(run.model or "") or fallback.get(run.model or "") or Look(run.name, 5, "P")
+        look = styles.get(run.model or "") or fallback.get(run.model or "") or Look(run.name, OTHERS, "P")
         return used.setdefault(look.label, look)
 
     def panel(key: str, title: str, unit: str, members: Sequence[TrainingRun], name: str) -> str | None:
@@ -275,12 +294,12 @@ def training_curves(runs: Sequence[TrainingRun], summaries: Sequence[Summary]) -
         def draw(axes: Axes) -> None:
             for run in drawn:
                 steps, values = zip(*run.series[key], strict=True)
-                axes.plot(steps, values, color=look_of(run).colour, linewidth=1.3, alpha=0.85)
+                axes.plot(steps, values, alpha=0.85, **stroke(look_of(run), 1.3))
             axes.set(xlabel="step", ylabel=unit)
             axes.set_ylim(bottom=0)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
 
-        return _panel(f"training-{name}", title, draw)
+        return draw_panel(f"training-{name}", title, draw)
 
     routed = [run for run in runs if run.routed]
     others = [run for run in runs if not run.routed]

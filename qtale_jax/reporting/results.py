@@ -31,7 +31,7 @@ class ResultRow(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str
-    routing: Literal["dense", "dllm", "qtale"]
+    routing: Literal["dense", "dllm", "qtale", "mod", "random"]
     quantizer: str
     bits: int
     group_size: int | None

@@ -1,13 +1,17 @@
-"""Tables: built from summaries, written as Markdown, or for the terminal."""
+"""Tables of the report, built from summaries."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
-import rich.box
-import rich.table
-from rich.text import Text
-
-from qtale_jax.reporting.aggregate import Estimate, Format, Summary
+from qtale_jax.reporting.aggregate import (
+    Estimate,
+    Format,
+    Summary,
+    estimate,
+    point_order,
+    runs_all_layers,
+    theta_series,
+)
+from qtale_jax.reporting.cells import ABSENT, Cell, Table, assemble
 from qtale_jax.reporting.labels import (
     Metric,
     byte_unit,
@@ -15,46 +19,11 @@ from qtale_jax.reporting.labels import (
     format_labels,
     metrics,
     model_label,
+    place_label,
     point_label,
 )
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What a cell says, and a detail set smaller behind it."""
-
-    text: str
-    detail: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.text} {self.detail}".strip()
-
-
-ABSENT = Cell("–")
-
-
-@dataclass(frozen=True)
-class Table:
-    """Headers and rows of cells. The first `labels` columns are names, the others numbers; `breaks` start a section."""
-
-    title: str
-    headers: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    labels: int
-    breaks: frozenset[int]
-    note: str
-
-
-def _table(
-    title: str, headers: Iterable[str], sections: Iterable[Iterable[Sequence[Cell]]], labels: int, note: str
-) -> Table:
-    rows: list[tuple[Cell, ...]] = []
-    breaks = set()
-    for section in sections:
-        if rows:
-            breaks.add(len(rows))
-        rows.extend(tuple(row) for row in section)
-    return Table(title, tuple(headers), tuple(rows), labels, frozenset(breaks), note)
+from qtale_jax.reporting.paired import EQUAL_RATIO, Difference, against, base_model, references, several_seeds
+from qtale_jax.reporting.verdict import verdict_table
 
 
 def _sections(summaries: Sequence[Summary]) -> dict[str, dict[str, dict[Format, Summary]]]:
@@ -63,6 +32,11 @@ def _sections(summaries: Sequence[Summary]) -> dict[str, dict[str, dict[Format, 
     for summary in summaries:
         found.setdefault(summary.point, {}).setdefault(summary.model, {})[summary.format] = summary
     return found
+
+
+def _place(row: Mapping[Format, Summary]) -> str:
+    """The label of the place of one model at one point, in all its formats."""
+    return place_label(next(iter(row.values())))
 
 
 def error_note(summaries: Sequence[Summary], mark: str = "±") -> str:
@@ -96,15 +70,15 @@ def quality_table(summaries: Sequence[Summary], metric: Metric) -> Table:
         [
             (
                 Cell(model_label(model)),
-                Cell(point_label(point)),
+                Cell(_place(row)),
                 *(_quality_cell(row.get(each), metric) for each in names),
             )
             for model, row in models.items()
         ]
-        for point, models in _sections(summaries).items()
+        for models in _sections(summaries).values()
     ]
     unit = metric.axis[:1].upper() + metric.axis[1:]
-    return _table(
+    return assemble(
         f"{unit} @ executed ratio",
         ("method", "θ set for", *names.values()),
         sections,
@@ -122,7 +96,7 @@ def quantizer_table(summaries: Sequence[Summary], metric: Metric) -> Table:
     """Quantizers against bit widths, for comparisons of quantizers; full precision stands in every row."""
     widths = sorted({summary.format.bits for summary in summaries if summary.format.quantizer != "none"}, reverse=True)
     sections = []
-    for point, models in _sections(summaries).items():
+    for models in _sections(summaries).values():
         for model, found in models.items():
             full = next((summary for each, summary in found.items() if each.quantizer == "none"), None)
             rows: dict[str, dict[int, Summary]] = {}
@@ -133,7 +107,7 @@ def quantizer_table(summaries: Sequence[Summary], metric: Metric) -> Table:
                 [
                     (
                         Cell(model_label(model)),
-                        Cell(point_label(point)),
+                        Cell(_place(found)),
                         Cell(label),
                         _quality_cell(full, metric),
                         *(_quality_cell(row.get(bits), metric) for bits in widths),
@@ -142,7 +116,7 @@ def quantizer_table(summaries: Sequence[Summary], metric: Metric) -> Table:
                 ]
             )
     unit = metric.axis[:1].upper() + metric.axis[1:]
-    return _table(
+    return assemble(
         f"{unit} @ executed ratio, by quantizer",
         ("method", "θ set for", "quantizer", "fp", *(f"{bits}-bit" for bits in widths)),
         sections,
@@ -166,7 +140,7 @@ def routing_table(summaries: Sequence[Summary]) -> Table:
             (
                 Cell(name),
                 Cell(model_label(summary.model)),
-                Cell(point_label(summary.point)),
+                Cell(place_label(summary)),
                 _number(summary.theta, 3),
                 _number(summary.executed_ratio, 3),
                 _number(summary.logit_gap, 2),
@@ -177,7 +151,7 @@ def routing_table(summaries: Sequence[Summary]) -> Table:
         ]
         for each, name in names.items()
     ]
-    return _table(
+    return assemble(
         "Routing",
         ("format", "method", "θ set for", "θ", "executed ratio", "mean |logit gap|", "flip rate"),
         sections,
@@ -198,7 +172,7 @@ def task_table(summaries: Sequence[Summary]) -> Table | None:
             (
                 Cell(name),
                 Cell(model_label(row.model)),
-                Cell(point_label(row.point)),
+                Cell(place_label(row)),
                 *(
                     Cell(f"{100 * row.accuracy[task].mean:.1f}") if task in row.accuracy else ABSENT
                     for task in (*tasks, "mean")
@@ -210,7 +184,7 @@ def task_table(summaries: Sequence[Summary]) -> Table | None:
         for each, name in format_labels(rows).items()
     ]
     note = "Accuracy in percent, mean over seeds; the last column is the mean over tasks."
-    return _table("Accuracy per task", ("format", "method", "θ set for", *tasks, "mean"), sections, 3, note)
+    return assemble("Accuracy per task", ("format", "method", "θ set for", *tasks, "mean"), sections, 3, note)
 
 
 def bytes_table(summaries: Sequence[Summary]) -> Table:
@@ -239,7 +213,7 @@ def bytes_table(summaries: Sequence[Summary]) -> Table:
         for each, name in names.items()
     ]
     headers = ("format", "method", *(part.replace("_", " ") for part in parts), "total")
-    return _table(
+    return assemble(
         f"Weights, {unit}",
         headers,
         sections,
@@ -261,15 +235,15 @@ def flops_table(summaries: Sequence[Summary]) -> Table:
 
     sections = [
         [
-            (Cell(model_label(model)), Cell(point_label(point)), *(cell(row.get(each)) for each in names))
+            (Cell(model_label(model)), Cell(_place(row)), *(cell(row.get(each)) for each in names))
             for model, row in models.items()
         ]
-        for point, models in _sections(summaries).items()
+        for models in _sections(summaries).values()
     ]
     note = "Floating-point operations per token, routers included" + (
         "; × is the share of the dense model." if whole else "."
     )
-    return _table("FLOPs per token", ("method", "θ set for", *names.values()), sections, 2, note)
+    return assemble("FLOPs per token", ("method", "θ set for", *names.values()), sections, 2, note)
 
 
 def quality_tables(summaries: Sequence[Summary]) -> list[Table]:
@@ -280,59 +254,124 @@ def quality_tables(summaries: Sequence[Summary]) -> list[Table]:
     return [build(summaries, metric) for metric in metrics(summaries)]
 
 
+def _signed(value: float, decimals: int, plus: bool) -> str:
+    text = f"{round(value, decimals) + 0.0:{'+' if plus else ''}.{decimals}f}"
+    return text.replace("-", "−")
+
+
+def _gain_cell(found: Difference | None, decimals: int) -> Cell:
+    if found is None:
+        return ABSENT
+    text = _signed(found.mean, decimals, True)
+    if found.low is None or found.high is None:
+        return Cell(text)
+    return Cell(text, f"[{_signed(found.low, decimals, False)}, {_signed(found.high, decimals, False)}]")
+
+
+def _gain_note(found: Sequence[Difference], whole: bool, base: str | None) -> str:
+    counts = sorted({len(each.seeds) for each in found})
+    seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    parts = [f"Positive is better. Brackets: 95 % confidence interval (Student's t) over {seeds} seeds, paired."]
+    if base:
+        parts.append(f"{model_label(base)} is one model, the same for every seed.")
+    if not whole:
+        parts.append(f"Only where the executed ratios differ by no more than {EQUAL_RATIO:.2f}.")
+    return " ".join(parts)
+
+
+def paired_table(summaries: Sequence[Summary], metric: Metric, reference: str) -> Table | None:
+    """What every model gains over `reference` at the same asked ratio: `+1.3 [0.4, 2.2]`, one column per format.
+
+    Differences between models that run different shares of their layers say little and are left out, unless the
+    reference runs all layers. None where nothing is left, or no model has two seeds.
+    """
+    mine = [summary for summary in summaries if summary.model == reference]
+    whole = all(map(runs_all_layers, mine))
+    rated = any(summary.point.startswith("ratio") for summary in summaries)
+    found = [
+        each
+        for each in against(summaries, metric, reference)
+        if (whole or each.equal_ratio) and (each.point.startswith("ratio") or not each.point or not rated)
+    ]
+    if not any(len(each.seeds) > 1 for each in found):
+        return None
+    names = format_labels(summaries)
+    rows: dict[str, dict[str, dict[Format, Difference]]] = {}
+    for each in sorted(found, key=lambda each: point_order(each.point)):
+        rows.setdefault(each.point, {}).setdefault(each.model, {})[each.format] = each
+    places = {summary.model: place_label(summary) for summary in summaries if summary.routing == "dense"}
+    sections = [
+        [
+            (
+                Cell(model_label(model)),
+                Cell(point_label(point) if point else places[model]),
+                *(_gain_cell(row.get(each), metric.decimals) for each in names),
+            )
+            for model, row in models.items()
+        ]
+        for point, models in rows.items()
+    ]
+    unit = f"{metric.name}, points" if metric.scale == 100 else metric.name
+    alone = reference == base_model(summaries) and all(len(summary.seeds) == 1 for summary in mine)
+    return assemble(
+        f"Gain over {model_label(reference)}: {unit}",
+        ("method", "at", *names.values()),
+        sections,
+        2,
+        _gain_note(found, whole, reference if alone else None),
+    )
+
+
+def paired_tables(summaries: Sequence[Summary]) -> list[Table]:
+    """The paired tables of every measure against every reference; none without several seeds."""
+    if not several_seeds(summaries):
+        return []
+    found = [
+        paired_table(summaries, metric, reference)
+        for metric in metrics(summaries)
+        for reference in references(summaries)
+    ]
+    return [table for table in found if table is not None]
+
+
+def reach_table(summaries: Sequence[Summary]) -> Table | None:
+    """How far theta moves the executed ratio at full precision; none where no model has several thetas."""
+    rows = []
+    for model, series in theta_series(summaries).items():
+        low, high = min(series), max(series)
+        shares = [
+            {each.row.seed: each.row.executed_ratio for each in series[theta].evaluations} for theta in (low, high)
+        ]
+        seeds = shares[0].keys() & shares[1].keys()
+        moved = [shares[0][seed] - shares[1][seed] for seed in sorted(seeds)]
+        ends = [(Cell(f"{theta:g}"), _number(series[theta].executed_ratio, 3)) for theta in (low, high)]
+        rows.append((Cell(model_label(model)), *ends[0], *ends[1], _number(estimate(moved) if moved else None, 3)))
+    if not rows:
+        return None
+    note = (
+        "Executed ratio at full precision at the smallest and the largest θ evaluated, the same θ in all layers; "
+        "± is the standard error over seeds."
+    )
+    headers = ("method", "smallest θ", "ratio", "largest θ", "ratio", "difference")
+    return assemble("Reach of θ", headers, [rows], 1, note)
+
+
 def all_tables(summaries: Sequence[Summary]) -> list[Table]:
     """Every table of the report that has rows, in the order of the report."""
     found = [
         *quality_tables(summaries),
+        verdict_table(summaries),
+        *paired_tables(summaries),
         task_table(summaries),
         routing_table(summaries),
+        reach_table(summaries),
         bytes_table(summaries),
         flops_table(summaries),
     ]
     return [table for table in found if table is not None and table.rows]
 
 
-def _escape(text: str) -> str:
-    for character in "\\|*_<>`[]":
-        text = text.replace(character, f"\\{character}")
-    return text.replace("\n", " ")
-
-
-def to_markdown(table: Table) -> str:
-    """The table in Markdown, under a heading, with its note."""
-
-    def line(cells: Iterable[object]) -> str:
-        return "| " + " | ".join(_escape(str(cell)) for cell in cells) + " |"
-
-    rule = "| " + " | ".join("---" if column < table.labels else "---:" for column in range(len(table.headers))) + " |"
-    rows = [line(table.headers), rule, *(line(row) for row in table.rows)]
-    return f"## {_escape(table.title)}\n\n" + "\n".join(rows) + f"\n\n{_escape(table.note)}\n"
-
-
-def _terminal(cell: Cell) -> Text:
-    detail = cell.detail.replace("@ 0.", "@.").replace("@ 1.00", "@1")
-    return Text.assemble(cell.text.replace(" ± ", "±"), (f" {detail}" if detail else "", "dim"))
-
-
-def to_rich(table: Table) -> rich.table.Table:
-    """The table for the terminal: `98.4±0.3 @.50`, so that four formats fit 80 columns; more break at the ratio."""
-    shown = rich.table.Table(
-        title=table.title,
-        title_justify="left",
-        title_style="bold",
-        caption=table.note,
-        caption_justify="left",
-        box=rich.box.SIMPLE_HEAD,
-        padding=(0, 2, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )
-    for column, header in enumerate(table.headers):
-        shown.add_column(
-            header, justify="left" if column < table.labels else "right", no_wrap=column < table.labels, overflow="fold"
-        )
-    for number, row in enumerate(table.rows):
-        if number in table.breaks:
-            shown.add_section()
-        shown.add_row(*map(_terminal, row))
-    return shown
+def held_out_tables(summaries: Sequence[Summary]) -> list[Table]:
+    """Quality and paired differences on tasks that nothing was chosen by, titled so."""
+    found = [*quality_tables(summaries), *paired_tables(summaries)]
+    return [replace(table, title=f"Held-out tasks: {table.title[:1].lower()}{table.title[1:]}") for table in found]

@@ -39,7 +39,7 @@ def claim(directory: Path, config: Config) -> None:
     """Records the identity of a run in its folder, or checks that it is the same as the one recorded there.
 
     Raises:
-        InputError: the folder holds a run with another configuration.
+        InputError: the folder holds a run with another configuration, or checkpoints that nothing tells the run of.
     """
     file, identity = directory / "run.json", json.loads(json.dumps(run_identity(config)))
     if file.exists():
@@ -47,6 +47,8 @@ def claim(directory: Path, config: Config) -> None:
         if differences:
             raise InputError(f"{directory} holds another run: {'; '.join(differences[:3])}; choose another output")
         return
+    if (directory / "checkpoints").exists():
+        raise InputError(f"{directory} holds checkpoints, but run.json, which tells of what run, is missing")
     directory.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(identity, indent=1))

@@ -40,7 +40,7 @@ def rate_loss(
     share: Float[Array, "b t"],
     counted: Float[Array, "b t"],
     total: Float[Array, ""],
-    target: float,
+    target: Float[Array, ""] | float,
     form: Literal["token", "batch"],
 ) -> Float[Array, ""]:
     """Distance of the executed share from `target`.
@@ -64,6 +64,11 @@ def entropy_penalty(gaps: Float[Array, "..."], form: Literal["log_cosh", "entrop
         return half + jnp.log1p(jnp.exp(-2 * half)) - math.log(2)
     log_execute, log_skip = jax.nn.log_sigmoid(gaps), jax.nn.log_sigmoid(-gaps)
     return 1 + (jnp.exp(log_execute) * log_execute + jnp.exp(log_skip) * log_skip) / math.log(2)
+
+
+def choice_loss(gaps: Float[Array, "..."], chosen: Bool[Array, "..."]) -> Float[Array, "..."]:
+    """Cross-entropy of "p >= 1/2" with an expert choice: what lets Mixture-of-Depths route without later tokens."""
+    return -jax.nn.log_sigmoid(jnp.where(chosen, gaps, -gaps))
 
 
 def distillation_loss(

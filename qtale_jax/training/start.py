@@ -24,6 +24,7 @@ from qtale_jax.models.specification import (
 )
 from qtale_jax.models.stacking import stack_layers, stacks
 from qtale_jax.parallel.mesh import replicated, shardings
+from qtale_jax.training.dropping import drop_layers, layers_to_keep
 from qtale_jax.training.optimizer import Flat, flatten, nest, optimizer_shardings, partition
 from qtale_jax.training.step import TrainState, initial_state
 
@@ -74,7 +75,9 @@ def routing_from(config: Config, num_layers: int) -> RoutingSpecification | None
     if routing.threshold != 0.5:
         layers = num_layers - routing.always_on_layers
         thresholds = {str(bits): (routing.threshold,) * layers for bits in (16, 8, 4, 3, 2)}
-    return RoutingSpecification(**{name: getattr(routing, name) for name in names}, thresholds=thresholds)
+    router = "hashed" if routing.method == "random" else "learned"
+    given = {name: getattr(routing, name) for name in names}
+    return RoutingSpecification(**given, router=router, thresholds=thresholds)
 
 
 def starting_model(
@@ -93,6 +96,8 @@ def starting_model(
         inherited = loaded.provenance
         if tokenizer is None:
             raise InputError(f"model.path={config.model.path}: the model directory has no tokenizer")
+        if config.model.drop.keep < 1:
+            spec, params = drop_layers(spec, params, layers_to_keep(config, spec, params, tokenizer))
     else:
         tokenizer = load_tokenizer(config.model.tokenizer)
         architecture = architecture_from(config.model.architecture, len(tokenizer))

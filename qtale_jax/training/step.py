@@ -1,7 +1,6 @@
 """One training step as a pure function: losses, gradients over microbatches, update, metrics."""
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +9,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from qtale_jax.config.schema import Config, QuantizationAwareConfig
-from qtale_jax.models.decoder import Parameters
+from qtale_jax.config.schema import Config
 from qtale_jax.models.forward import forward, positions_of
-from qtale_jax.models.lora import map_linears, merged_kernel
-from qtale_jax.models.policy import Dense, Sampled
-from qtale_jax.models.specification import ModelSpecification, TensorFormat
-from qtale_jax.quantization.rounding import fake_quantize_straight_through
+from qtale_jax.models.policy import Dense, gap
+from qtale_jax.models.specification import ModelSpecification
 from qtale_jax.training import objective
+from qtale_jax.training.aim import aim_of, training_policy
 from qtale_jax.training.optimizer import Flat, nest
+from qtale_jax.training.quantization_aware import quantizer_transform
 
 Batch = dict[str, Array]
 Metrics = dict[str, Any]
@@ -44,31 +42,6 @@ def initial_state(trainable: Flat, optimizer: optax.GradientTransformation) -> T
     return TrainState(jnp.zeros((), jnp.int32), jnp.full((), -1, jnp.int32), trainable, optimizer.init(trainable))
 
 
-def quantizer_transform(config: QuantizationAwareConfig, active: Array):
-    """Merges adapters layer by layer and, where `active`, rounds the merged weights with a straight-through gradient.
-
-    Works inside the layer scan, so only one layer's merged weights exist at a time.
-    """
-    if config.bits == 16:
-        raise ValueError("16 bits are full precision: there is nothing to train for")
-    format = TensorFormat(bits=config.bits, group_size=config.group_size, symmetric=config.symmetric)
-
-    def transform(layer: Parameters) -> Parameters:
-        def one(_name: str, linear: Parameters) -> Parameters:
-            kernel = merged_kernel(linear) if "lora" in linear else linear["kernel"]
-            return {"kernel": jnp.where(active, fake_quantize_straight_through(kernel, format), kernel)}
-
-        return map_linears(one, layer)
-
-    return transform
-
-
-def rate_weight(config: Config, progress: Float[Array, ""]) -> Float[Array, ""]:
-    """lambda_1 at `progress` in [0, 1]: rises as a quarter sine from 0, or constant."""
-    shape = jnp.sin(0.5 * math.pi * progress) if config.routing.rate_schedule == "sin" else jnp.ones_like(progress)
-    return config.routing.rate_weight * shape
-
-
 class TrainStep:
     """Builds the pure step for one model and configuration; `__call__` is what gets jitted."""
 
@@ -92,19 +65,18 @@ class TrainStep:
         """Loss of one microbatch; `totals` are the weights of the whole batch, so that microbatches add up."""
         config, spec = self.config, self.spec
         params, transform = nest(trainable, frozen), None
-        qat = config.train.quantization_aware
-        if qat.bits != 16:
-            spec = spec.model_copy(update={"lora": None})
-            transform = quantizer_transform(qat, step % qat.every == 0)
         route_key, dropout_key = jax.random.split(key)
+        run_key = jax.random.key(config.seed)  # what belongs to a step is the same for all of its microbatches
+        if config.train.quantization_aware.formats:
+            spec = spec.model_copy(update={"lora": None})
+            transform = quantizer_transform(config.train.quantization_aware, step, jax.random.fold_in(run_key, 0))
+        aim = aim_of(config.routing, spec, step, self.steps, jax.random.fold_in(run_key, 1)) if spec.routing else None
         output = self.forward(
             spec,
             params,
             batch["tokens"],
             segment_ids=batch["segment_ids"],
-            policy=Sampled(route_key, config.routing.temperature, config.routing.eviction_gradient)
-            if spec.routing
-            else Dense(),
+            policy=training_policy(config.routing, aim, route_key) if aim else Dense(),
             dropout_key=dropout_key if spec.lora else None,
             layer_transform=transform,
         )
@@ -121,21 +93,27 @@ class TrainStep:
             metrics["distillation"] = objective.weighted_mean(kl, batch["weights"], totals["targets"])
             loss += config.train.distillation.weight * metrics["distillation"]
         if spec.routing is not None:
-            routing, counted = config.routing, counted_tokens(spec, batch["segment_ids"])
-            assert output.gates is not None, "a sampling policy gives gates"
-            share = objective.executed_share(output.gates, spec.routing.always_on_layers, routing.counting)
-            rate = objective.rate_loss(share, counted, totals["counted"], routing.target, routing.rate_loss)
-            gaps = output.routing.logits[..., 1] - output.routing.logits[..., 0]
-            penalty = jnp.mean(objective.entropy_penalty(gaps, routing.entropy_form), axis=-1)
-            entropy_loss = objective.weighted_mean(penalty, counted, totals["counted"])
-            progress = step.astype(jnp.float32) / self.steps
-            loss += rate_weight(config, progress) * rate + routing.effective_entropy_weight * entropy_loss
-            metrics |= {
-                "rate_loss": rate,
-                "entropy_loss": entropy_loss,
-                "executed_ratio": objective.weighted_mean(share, counted, totals["counted"]),
-                "routing": (output.routing.logits, output.routing.execute[..., spec.routing.always_on_layers :]),
-            }
+            assert aim is not None and output.gates is not None, "a training policy gives gates"
+            counted, always_on = counted_tokens(spec, batch["segment_ids"]), spec.routing.always_on_layers
+            mean = functools.partial(objective.weighted_mean, weights=counted, total=totals["counted"])
+            share = objective.executed_share(output.gates, always_on, config.routing.counting)
+            execute = output.routing.execute[..., always_on:]
+            gaps = gap(output.routing.logits)
+            parts = {}
+            if config.routing.method == "mod":
+                parts["choice_loss"] = mean(jnp.mean(objective.choice_loss(gaps, execute), axis=-1))
+                loss += config.routing.rate_weight * parts["choice_loss"]
+            elif config.routing.method != "random":
+                parts["rate_loss"] = objective.rate_loss(
+                    share, counted, totals["counted"], aim.target, config.routing.rate_loss
+                )
+                penalty = objective.entropy_penalty(gaps, config.routing.entropy_form)
+                parts["entropy_loss"] = mean(jnp.mean(penalty, axis=-1))
+                loss += aim.rate_weight * parts["rate_loss"] + aim.entropy_weight * parts["entropy_loss"]
+            logits = output.routing.logits.at[..., 1].add(aim.shift)
+            metrics |= {**parts, "executed_ratio": mean(share), "routing": (logits, execute)}
+            if config.routing.target_range is not None:
+                metrics["target"] = mean(jnp.full_like(share, aim.target))  # adds up over microbatches
         return loss, {"loss": loss, **metrics}
 
     def __call__(

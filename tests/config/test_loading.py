@@ -49,7 +49,20 @@ def test_defaults_file_and_command_line_in_this_order(load):
             "model: {architecture: {rope_scaling: {factr: 2}}}",
             "rope_scaling.factr: unknown key (did you mean 'factor'?)",
         ),
-        ("routing: {method: qtal}", "found 'qtal'; allowed: dense|dllm|qtale (did you mean 'qtale'?)"),
+        ("routing: {method: qtal}", "found 'qtal'; allowed: dense|dllm|qtale|mod|random (did you mean 'qtale'?)"),
+        ("routing: {targets_range: [0.3, 1]}", "routing.targets_range: unknown key (did you mean 'target_range'?)"),
+        ("routing: {target_range: [0.3, 1.5]}", "routing.target_range.1: found 1.5; allowed: number >= 0, <= 1"),
+        ("routing: {target_range: [0.3]}", "routing.target_range.1: found [0.3]; allowed: number >= 0, <= 1"),
+        ("routing: {target_range: 0.3}", "target_range: found 0.3; allowed: pair of number >= 0, <= 1 or null"),
+        ("routing: {noise_schedule: linear}", "noise_schedule: found 'linear'; allowed: constant|anneal"),
+        ("routing: {preset: qtale_pluss}", "found 'qtale_pluss'; allowed: qtale_plus or null"),
+        ("train: {quantization_aware: {bits: 2}}", "train.quantization_aware.bits: unknown key; allowed: formats,"),
+        ("train: {quantization_aware: {formats: [{bits: 5}]}}", "formats.0.bits: found 5; allowed: 2|3|4|8"),
+        ("model: {drop: {keep: 2}}", "model.drop.keep: found 2; allowed: number >= 0, <= 1"),
+        ("model: {drop: {kep: 1}}", "model.drop.kep: unknown key (did you mean 'keep'?)"),
+        ("data: {suite: studdy}", "data.suite: found 'studdy'; allowed: basic|study (did you mean 'study'?)"),
+        ("evaluate: {threshold: 1.1}", "evaluate.threshold: found 1.1; allowed: number >= 0, <= 1"),
+        ("experiment: {thresholds: [0.5, -1]}", "experiment.thresholds.1: found -1; allowed: number >= 0, <= 1"),
         ("routing: {target: 1.5}", "routing.target: found 1.5; allowed: number >= 0, <= 1"),
         ("routing: {target: .nan}", "routing.target: found nan; allowed: number"),
         ("train: {steps: 0}", "train.steps: found 0; allowed: integer > 0 or null"),
@@ -92,10 +105,16 @@ def test_bad_keys_and_values_name_place_found_and_allowed(load, tmp_path, text, 
             "experiment: {quantizers: [{bits: 4, group_size: 7}]}",
             "experiment.quantizers.0.group_size=7 does not divide",
         ),
-        ("train: {quantization_aware: {bits: 2, group_size: 96}}", "train.quantization_aware.group_size=96 does not"),
+        ("train: {quantization_aware: {formats: [{bits: 2, group_size: 96}]}}", "formats.0.group_size=96 does not"),
         ("routing: {always_on_layers: 10}", "always_on_layers=10 leaves no routed layer of 10; allowed: 0 to 9"),
         ("routing: {method: dllm, entropy_weight: 0.3}", "'dllm' has no entropy term, found entropy_weight=0.3"),
         ("routing: {entropy_weight: 0}", "method 'qtale' needs entropy_weight > 0"),
+        ("routing: {target_range: [0.9, 0.3]}", "target_range has to rise, found [0.9, 0.3]"),
+        (
+            "routing: {method: mod, target_range: [0.3, 0.9]}",
+            "target_range does not go with method='mod'; allowed: dllm or qtale",
+        ),
+        ("routing: {method: random, target_range: [0.3, 0.9]}", "does not go with method='random'"),
         ("train: {microbatches: 3}", "train.microbatches=3 does not divide train.batch_size=64"),
         ("mesh: {data: 3, fsdp: 2}", "mesh.data=3 times mesh.fsdp=2 does not divide the 64 rows"),
         ("mesh: {data: 0}", "mesh: axis sizes are positive or -1"),
@@ -183,10 +202,12 @@ def test_methods_are_checked_when_the_file_is_loaded(load):
 
 def test_a_methods_name_sets_the_routing_method(load):
     config = load(
-        "experiment: {methods: {dllm: {}, qtale: {}, wide: {routing: {router_hidden: 64}}, dense: {lora: {rank: 2}}}}"
+        "experiment: {methods: {dllm: {}, qtale: {}, wide: {routing: {router_hidden: 64}}, dense: {lora: {rank: 2}}, "
+        "mod: {}, random: {}}}"
     )
     methods = {name: method_config(config, name).routing.method for name in config.experiment.methods}
-    assert methods == {"dllm": "dllm", "qtale": "qtale", "wide": "qtale", "dense": "dense"}
+    expected = {name: name for name in ("dllm", "qtale", "dense", "mod", "random")}
+    assert methods == expected | {"wide": "qtale"}
     named = load("experiment: {methods: {dllm: {routing: {method: qtale}}}}")
     assert method_config(named, "dllm").routing.method == "qtale"
 
@@ -202,6 +223,22 @@ def test_the_base_is_dense_and_trains_everything_unless_told_otherwise(load):
     method = method_config(config, "qtale", base="runs/x/base")
     assert (method.model.path, method.train.steps, method.train.distillation.weight) == ("runs/x/base", 7, 2.0)
     assert method.experiment.base is None
+
+
+def test_a_target_range_survives_being_written(load):
+    config = load("routing: {target_range: [0.35, 1]}\n")
+    assert config.routing.target_range == (0.35, 1.0)
+    assert load(yaml.safe_dump(resolve(config))).routing.target_range == (0.35, 1.0)
+
+
+def test_the_base_neither_quantizes_nor_drops_what_its_methods_do(load):
+    config = load(
+        "train: {quantization_aware: {formats: [{bits: 3}]}}\nexperiment: {base: {}, methods: {qtale: {}, dense: "
+        "{routing: {method: dense}, model: {drop: {keep: 0.5}}}}}\n"
+    )
+    assert base_config(config).train.quantization_aware.formats == () and base_config(config).model.drop.keep == 1.0
+    assert method_config(config, "dense", base="runs/x").model.drop.keep == 0.5
+    assert [format.bits for format in method_config(config, "qtale").train.quantization_aware.formats] == [3]
 
 
 def test_setting_one_method_on_the_command_line_keeps_the_others(load):

@@ -14,7 +14,9 @@ def test_defaults_are_valid_and_frozen():
         config.seed = 3  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@pytest.mark.parametrize(("method", "weight"), [("dense", 0.0), ("dllm", 0.0), ("qtale", 0.3)])
+@pytest.mark.parametrize(
+    ("method", "weight"), [("dense", 0.0), ("dllm", 0.0), ("qtale", 0.3), ("mod", 0.0), ("random", 0.0)]
+)
 def test_only_qtale_has_an_entropy_term(method, weight):
     assert RoutingConfig(method=method).effective_entropy_weight == weight
 
@@ -42,7 +44,8 @@ def test_help_has_every_key_once_and_fits():
 
 def test_help_shows_limits_choices_and_defaults():
     text = " ".join(help_text(140).split())
-    assert "routing.method dense|dllm|qtale = 'qtale'" in text
+    assert "routing.method dense|dllm|qtale|mod|random = 'qtale'" in text
+    assert "routing.target_range pair of number >= 0, <= 1 or null = null lowest and highest share" in text
     assert "train.steps integer > 0 or null = null optimizer steps; none: from epochs" in text
     assert "lora.dropout number >= 0, < 1 = 0.05" in text
     assert "lora section or null = section below" in text

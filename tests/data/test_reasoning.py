@@ -143,7 +143,7 @@ def test_both_boolean_answers_are_equally_frequent(examples) -> None:
 
 
 def test_words_are_in_the_vocabulary_and_sequences_are_short(examples) -> None:
-    vocabulary = reasoning.vocabulary()
+    vocabulary = reasoning.SUITES["basic"].vocabulary()
     assert len(vocabulary) == len(reasoning.WORDS) <= 64
     longest = 0
     for example in sum(examples.values(), []):
@@ -285,10 +285,10 @@ def test_tokenizer_has_one_token_per_word_and_starts_with_bos() -> None:
     tokenizer = reasoning.tokenizer()
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     assert len(tokenizer) == len(reasoning.WORDS)
-    assert tokenizer.get_vocab() == reasoning.vocabulary()
+    assert tokenizer.get_vocab() == reasoning.SUITES["basic"].vocabulary()
     text = "keep above 12 : 18 9 8 30 29 2 17 10 ="
     tokens = tokenizer(text).input_ids
-    assert tokens == [1, *(reasoning.vocabulary()[word] for word in text.split())]
+    assert tokens == [1, *(reasoning.SUITES["basic"].vocabulary()[word] for word in text.split())]
     assert tokenizer.decode(tokens, skip_special_tokens=True) == text
     assert tokenizer("18 30", add_special_tokens=False).input_ids == [21, 33]
 

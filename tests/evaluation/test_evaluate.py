@@ -181,6 +181,23 @@ def test_theta_may_be_given(loaded, choices):
     assert everything["point"] == "full" and default_point(loaded.spec, 0.25) == "threshold 0.25"
 
 
+def test_theta_of_the_configuration_is_for_routed_models_and_gives_way_to_the_argument(loaded, choices):
+    settings = config(choices[1], max_examples=2, threshold=1.0, perplexity=False, maps=0)
+    one = evaluate(loaded, settings)
+    assert one["row"]["theta"] == 1.0 and one["point"] == "threshold 1.00" and one["row"]["executed_ratio"] < 0.5
+    assert evaluate(loaded, settings, theta=0.0)["row"]["executed_ratio"] == 1.0
+
+
+def test_dropped_layers_are_layers_that_no_token_executes(loaded, choices):
+    """The ratio counts the whole model: three of six layers are left, and theta 0 executes all of those."""
+    dropped = loaded.spec.model_copy(update={"dropped_layers": (2, 4, 5)})
+    model = LoadedModel(dropped, loaded.params, loaded.tokenizer, {})
+    settings = config(choices[1], max_examples=2, perplexity=False, maps=0)
+    assert evaluate(model, settings, theta=0.0)["row"]["executed_ratio"] == pytest.approx(0.5)
+    whole, part = (evaluate(one, settings)["row"]["executed_ratio"] for one in (loaded, model))
+    assert part == pytest.approx(whole / 2)
+
+
 def test_a_quantized_dense_model(loaded, choices, tmp_path):
     spec = loaded.spec.model_copy(update={"routing": None})
     params = initialize(spec, jax.random.key(0))

@@ -46,6 +46,20 @@ def test_every_quantizer_is_measured_at_its_own_and_every_asked_ratio(config):
     assert "calibrate" not in [step.stage for step in jobs["measure dense"].steps]
 
 
+def test_every_quantizer_is_evaluated_at_every_asked_threshold(config):
+    changed = with_overrides(config, {"experiment": {"thresholds": [0.3, 0.7], "ratios": []}})
+    jobs = {job.name: job for job in plan(changed)}
+    evaluations = [step for step in jobs["measure qtale-seed0"].steps if step.stage == "evaluate"]
+    thetas = [step.config.evaluate.threshold for step in evaluations]
+    assert thetas == [None, 0.3, 0.7] * len(config.experiment.quantizers)
+    for own, *others in (evaluations[i : i + 3] for i in range(0, len(evaluations), 3)):
+        assert {other.config.evaluate.model for other in others} == {own.config.evaluate.model}
+        names = [f"{own.output.stem}-theta{theta}.json" for theta in ("0.3", "0.7")]
+        assert [other.output.name for other in others] == names
+    dense = [step.config.evaluate.threshold for step in jobs["measure dense"].steps if step.stage == "evaluate"]
+    assert set(dense) == {None}
+
+
 def test_methods_start_from_the_base_and_differ_as_asked(config):
     jobs = {job.name: job for job in plan(config)}
     base, dllm, qtale = (jobs[n].steps[0].config for n in ("base", "train dllm-seed0", "train qtale-seed0"))

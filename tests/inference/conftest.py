@@ -59,6 +59,13 @@ def without_eviction():
 
 
 @pytest.fixture(scope="session")
+def hashed():
+    """A model whose layers are skipped at random."""
+    spec = specification(routed=True, method="random", router="hashed")
+    return spec, initialize(spec, jax.random.key(4))
+
+
+@pytest.fixture(scope="session")
 def prompts() -> list[list[int]]:
     """Three prompts of different lengths, the first of one token."""
     draw = np.random.default_rng(11)

@@ -58,7 +58,7 @@ def greedy(model, prompt: list[int], new: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-@pytest.fixture(params=["dense", "routed", "without_eviction"])
+@pytest.fixture(params=["dense", "routed", "without_eviction", "hashed"])
 def model(request):
     return request.getfixturevalue(request.param)
 
@@ -66,8 +66,9 @@ def model(request):
 in_both_forms = pytest.mark.parametrize("cache_dtype", [None, jnp.dtype(jnp.int8)], ids=["float", "int8"])
 
 
-def test_routers_are_undecided(routed, prompts):
-    out = run(routed, prompts)
+@pytest.mark.parametrize("name", ["routed", "hashed"])
+def test_routers_are_undecided(name, prompts, request):
+    out = run(request.getfixturevalue(name), prompts)
     share = out.new_execute[:, :-1, 1:].mean()
     assert 0.1 < share < 0.9
 
@@ -102,6 +103,7 @@ def test_skipping_a_layer_in_the_whole_prompt_is_no_different(without_eviction, 
         ("dense", None),
         ("routed", None),
         ("without_eviction", None),
+        ("hashed", None),
         ("routed", jnp.dtype(jnp.int8)),
         ("without_eviction", jnp.dtype(jnp.int8)),
     ],

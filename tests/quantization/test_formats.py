@@ -69,6 +69,14 @@ def test_what_has_no_rule_has_the_settings_of_the_quantizer(routed):
     assert {ends[name] for name in ("1/router", "embedding", "head")} == {TensorFormat(bits=8, symmetric=True)}
 
 
+def test_routers_without_parameters_are_not_stored_in_any_format(make_routed):
+    spec, params = make_routed(routing={"method": "random", "router": "hashed"}, num_layers=2)
+    config = QuantizeConfig(bits=4, router_bits=8)
+    assert set(formats_of(spec, config)) == {f"{i}/{name}" for i in range(2) for name in LINEARS}
+    new_spec, new_params, _ = quantize_parameters(spec, params, config)
+    assert new_spec.routing == spec.routing and "router" not in new_params["layers"][1]
+
+
 @pytest.mark.slow
 def test_mixed_widths_compute_with_the_restored_weights(routed, mixed):
     (spec, params), (new_spec, new_params, reports) = routed, mixed

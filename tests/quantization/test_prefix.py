@@ -66,7 +66,11 @@ def reference(quantized, calibration):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("routing", [{}, {"eviction": False}, None], ids=["evicting", "keeping", "dense"])
+@pytest.mark.parametrize(
+    "routing",
+    [{}, {"eviction": False}, None, {"method": "random", "router": "hashed"}],
+    ids=["evicting", "keeping", "dense", "hashed"],
+)
 def test_rows_arrive_where_the_quantized_model_takes_them(make_routed, calibration, routing):
     model = make_routed(routing=routing)
     ends = {"embedding_bits": 8, "head_bits": 8} | ({} if routing is None else {"router_bits": 8})

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from qtale_jax.reporting.results import Evaluation
+
 LAYERS, ALWAYS_ON = 10, 2
 TASKS = ("max", "min", "sort", "boolean", "reverse", "count", "parity")
 FORMATS = (("none", 16, None), ("rtn", 4, -1), ("rtn", 3, -1), ("rtn", 2, -1))
@@ -108,6 +110,52 @@ def evaluation(model: str, fmt: tuple, point: tuple[str, float], seed: int, accu
     }
 
 
+def _variant(model: str, routing: str, fmt: tuple, point: tuple[str, float], seed: int, gain: float) -> Evaluation:
+    """An evaluation of a model with a free name: `gain` points better than the routing that it resembles."""
+    like = routing if routing in ("dense", "dllm") else "qtale"
+    content = evaluation(like, fmt, point, seed)
+    row = content["row"] | {"model": model, "routing": routing}
+    draw = random.Random(f"{model}{point[0]}{seed}")
+    row["accuracy"] = {
+        task: max(0.0, min(1.0, share + (gain + draw.gauss(0, 0.3)) / 100)) for task, share in row["accuracy"].items()
+    }
+    row["nats_per_token"] += draw.uniform(0, 0.01)
+    if routing == "dense":
+        row["executed_ratio"] = point[1]
+    else:
+        row["executed_ratio"] += draw.uniform(-0.004, 0.004)
+    return Evaluation.model_validate(content | {"row": row, "maps": []})
+
+
+def study_evaluations() -> list[Evaluation]:
+    """Five routings, free names, dropped layers, thetas at full precision, and a sweep; three seeds, the base one."""
+    routed = {
+        "dllm": "dllm",
+        "dllm_55": "dllm",
+        "dllm_60": "dllm",
+        "dllm_qat": "dllm",
+        "mod": "mod",
+        "random": "random",
+    }
+    routed |= {"qtale": "qtale", "qtale_plus": "qtale"} | {f"qtale@{value}": "qtale" for value in (0.03, 0.1, 0.3)}
+    found = [_variant("dense", "dense", fmt, ("", 1.0), 0, 0.0) for fmt in FORMATS]
+    for seed in (0, 1, 2):
+        for fmt in FORMATS:
+            for model, ratio, gain in (
+                ("dense_qat", 1.0, 0.4),
+                ("drop_even", 0.5, -4.0),
+                ("drop_influence", 0.5, -3.0),
+            ):
+                found.append(_variant(model, "dense", fmt, ("", ratio), seed, gain))
+            for number, (model, routing) in enumerate(routed.items()):
+                points = [("ratio 0.50", 0.5), ("ratio 0.70", 0.7)]
+                if fmt[0] == "none" and model in ("dllm", "qtale", "qtale_plus"):
+                    reach = 0.02 if model == "dllm" else 0.5
+                    points += [(f"threshold {theta:.2f}", 0.5 + reach * (0.5 - theta)) for theta in (0.1, 0.3, 0.5)]
+                found += [_variant(model, routing, fmt, point, seed, number / 4 - 1) for point in points]
+    return found
+
+
 def training_log(model: str, seed: int, steps: int = 400) -> list[dict]:
     """One training run."""
     draw = random.Random(f"{model}{seed}")
@@ -165,3 +213,9 @@ def text_experiment(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("reporting") / "text"
     write_experiment(folder, seeds=(0,), accuracy=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def study() -> list[Evaluation]:
+    """The evaluations of a study over many methods. Read only."""
+    return study_evaluations()

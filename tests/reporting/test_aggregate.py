@@ -11,11 +11,16 @@ from qtale_jax.reporting.aggregate import (
     Format,
     at_reference,
     estimate,
+    families,
     formats,
     merge_histograms,
     point_order,
     reference_point,
+    runs_all_layers,
     summarize,
+    swept,
+    theta_series,
+    threshold_of,
 )
 from qtale_jax.reporting.labels import NATS
 from qtale_jax.reporting.results import Histogram, read_evaluations
@@ -113,3 +118,39 @@ def test_histograms_add_up_also_over_different_edges():
     merged = merge_histograms([first, wider])
     assert merged is not None and merged.edges == (0.0, 2.0, 4.0)
     assert merged.counts == pytest.approx((8.0, 2.0))
+
+
+def test_thresholds_are_read_from_points():
+    assert [threshold_of(point) for point in ("threshold 0.10", "threshold .5", "ratio 0.50", "quality", "")] == [
+        0.1,
+        0.5,
+        None,
+        None,
+        None,
+    ]
+
+
+def test_theta_series_need_three_thetas_at_full_precision(study):
+    summaries = summarize(study)
+    found = theta_series(summaries)
+    assert {model: list(series) for model, series in found.items()} == {
+        model: [0.1, 0.3, 0.5] for model in ("dllm", "qtale", "qtale_plus")
+    }
+    assert theta_series([summary for summary in summaries if summary.point != "threshold 0.30"]) == {}
+
+
+def test_families_are_names_with_several_values(study):
+    assert [swept(model) for model in ("qtale@0.03", "a@b@1e-2", "qtale", "qtale@x")] == [
+        ("qtale", 0.03),
+        ("a@b", 0.01),
+        None,
+        None,
+    ]
+    summaries = summarize(study)
+    assert families(summaries) == {"qtale": {"qtale@0.03": 0.03, "qtale@0.1": 0.1, "qtale@0.3": 0.3}}
+    assert families([summary for summary in summaries if summary.model not in ("qtale@0.1", "qtale@0.3")]) == {}
+
+
+def test_dense_does_not_mean_all_layers(study):
+    whole = {summary.model: runs_all_layers(summary) for summary in summarize(study) if summary.format.bits == 16}
+    assert [model for model, all_layers in whole.items() if all_layers] == ["dense", "dense_qat"]

@@ -119,3 +119,21 @@ def test_nats_only(text_experiment):
 def test_what_is_not_changed_is_not_shown(summaries):
     page = build_page("Dense", summaries[:1], [], dataclasses.replace(MAKING, changed=""))
     assert "<h3>Configuration</h3>" not in page and "1 evaluation, 1 seed." in page
+
+
+def test_a_study_has_sections_of_gains_reach_and_sweeps(study):
+    found = summarize(study)
+    read = _Reader(build_page("Study", found, [], MAKING))
+    text = " ".join("".join(read.text).split())
+    assert {"paired", "reach", "sweep"} <= set(read.ids) and len(read.ids) == len(set(read.ids))
+    for table in all_tables(found):
+        assert table.note in text
+        assert all(f"{cell.text} {cell.detail}".strip() in text for row in table.rows for cell in row)
+    assert "QTALE at 0.03, 0.1, 0.3" in text and "Every panel has its own quality axis." in text
+
+
+def test_absent_sections_are_left_out(summaries, text_experiment):
+    ids = _Reader(build_page("Tasks", summaries, [], MAKING)).ids
+    assert "paired" in ids and not {"reach", "sweep"} & set(ids)
+    single = summarize(read_evaluations(text_experiment / "evaluation"))
+    assert not {"paired", "reach", "sweep"} & set(_Reader(build_page("Text", single, [], MAKING)).ids)

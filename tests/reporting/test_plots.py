@@ -9,7 +9,7 @@ import pytest
 from qtale_jax.reporting import plots
 from qtale_jax.reporting.aggregate import summarize
 from qtale_jax.reporting.execution_map import MOST_TOKENS, execution_map
-from qtale_jax.reporting.labels import ACCURACY, NATS, SERIES
+from qtale_jax.reporting.labels import ACCURACY, NATS, OTHERS, SERIES
 from qtale_jax.reporting.logs import TrainingRun, read_training
 from qtale_jax.reporting.results import ExecutionMap, read_evaluations
 
@@ -65,6 +65,71 @@ def test_colours_of_the_series_are_variables_with_a_fallback(summaries):
     for index in range(3):
         assert f"var(--series-{index}, {SERIES[index][0]})" in svg
     assert "var(--series-3" not in svg
+
+
+def test_many_models_get_large_panels_with_an_axis_each_and_grey_lines(study):
+    many = summarize(study)
+    plot = plots.quality_by_ratio(many, ACCURACY)
+    assert plot.wide and len(plot.panels) == 4 and len(plot.legend) == 15
+    assert f"var(--series-{OTHERS}, {SERIES[OTHERS][0]})" in plot.panels[0]
+    assert len({tuple(text for text in _texts(svg) if text.replace(".", "").isdigit()) for svg in plot.panels}) > 1
+    assert "1.00" not in _texts(plot.panels[1])  # dense models are lines, and need no room at ratio 1
+    few = [summary for summary in many if summary.model in ("dense", "drop_even", "qtale")]
+    assert not plots.crowded(few) and not plots.quality_by_ratio(few, ACCURACY).wide
+
+
+def _lines(svg: str, colour: int) -> list[list[float]]:
+    """The x of the points of every line of some length in a colour."""
+    drawn = re.findall(rf'<path d="([^"]+)"[^>]*stroke: var\(--series-{colour}, [^>]*>', svg)
+    points = [[float(x) for x in re.findall(r"[ML] ([\d.]+) ", path)] for path in drawn]
+    return [line for line in points if len(line) > 2]
+
+
+def test_points_of_a_model_are_joined_by_ratio_with_whiskers_both_ways(study):
+    few = [s for s in summarize(study) if s.model == "qtale" and s.format.bits == 16]
+    (svg,) = plots.quality_by_ratio(few, ACCURACY).panels
+    (line,) = _lines(svg, 2)
+    assert len(line) == 5 and line == sorted(line)
+    whiskers = re.findall(r"M ([\d.]+) ([\d.]+) \nL ([\d.]+) ([\d.]+) \n\"[^>]*series-2", svg)
+    across = [each for each in whiskers if each[1] == each[3] and each[0] != each[2]]
+    upright = [each for each in whiskers if each[0] == each[2] and each[1] != each[3]]
+    assert len(across) == len(upright) == 5
+
+
+def test_a_model_without_some_layers_has_no_level_across_the_panel(study):
+    many = summarize(study)
+    dotted = [
+        plots.quality_by_ratio([s for s in many if s.model == model], ACCURACY).panels[0].count("stroke-dasharray")
+        for model in ("dense", "drop_even")
+    ]
+    assert dotted[0] > dotted[1]
+
+
+def test_reach_shows_models_with_several_thetas(study, summaries):
+    plot = _check(plots.threshold_reach(summarize(study)), 1, ("D-LLM", "QTALE", "qtale_plus"))
+    assert plot.wide and {"θ, the same in all layers", "executed ratio", "0.50"} <= set(_texts(plot.panels[0]))
+    assert plots.threshold_reach(summaries) is None
+
+
+def test_a_sweep_has_one_panel_per_measure_and_format(study, summaries):
+    plot = _check(plots.sweep(summarize(study)), 12, ("QTALE",))
+    texts = [_texts(svg) for svg in plot.panels]
+    assert all({"0.03", "0.1", "0.3"} <= set(found) for found in texts)
+    assert [found[-1] for found in texts[:4]] == ["fp", "4-bit", "3-bit", "2-bit"]
+    for number, label in enumerate(("accuracy, %", "mean |logit gap|", "flip rate")):
+        assert all(label in found for found in texts[4 * number : 4 * number + 4])
+    assert plots.sweep(summaries) is None
+
+
+def test_a_sweep_leaves_out_what_was_not_measured_and_has_room_for_zero(study):
+    some = [
+        dataclasses.replace(s, model=s.model.replace("@0.1", "@0"), flip_rate=None)
+        for s in summarize(study)
+        if s.format.bits == 4 and not s.model.endswith("@0.3")
+    ]
+    plot = _check(plots.sweep(some), 2, ("QTALE",))
+    assert {"0", "0.03"} <= set(_texts(plot.panels[0]))
+    assert plots.sweep([s for s in some if s.model != "qtale@0"]) is None
 
 
 def test_quality_by_bytes_writes_the_bits_into_the_markers(summaries):

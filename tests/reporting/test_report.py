@@ -27,22 +27,42 @@ def _config(output) -> Config:
     return Config.model_validate({"output": str(output), "experiment": {"title": "Seven tasks"}})
 
 
-def test_the_stage_writes_three_files_and_prints_the_table(output):
+def test_the_stage_writes_four_files_and_prints_the_table(output):
     console = Console(width=100)
     with console.capture() as capture:
         page = run_stage(_config(output), command="python -m qtale_jax.experiment a.yaml", console=console)
     printed = capture.get()
     assert page == output / "report.html"
-    for name in ("results.json", "report.md", "report.html"):
+    for name in ("results.json", "paired.json", "report.md", "report.html"):
         assert str(output / name) in printed.splitlines()
     rows = json.loads((output / "results.json").read_text())
     assert len(rows) == 100 and all(tuple(row) == RESULT_KEYS for row in rows)
     assert [rows[0]["model"], rows[-1]["model"], rows[-1]["seed"]] == ["dense", "qtale", 2]
+    pairs = json.loads((output / "paired.json").read_text())
+    assert {(found["model"], found["reference"]) for found in pairs} == {
+        ("dllm", "dense"),
+        ("qtale", "dense"),
+        ("qtale", "dllm"),
+    }
     assert "Accuracy, % @ executed ratio" in printed and "QTALE" in printed
     text = (output / "report.md").read_text()
-    assert text.startswith("# Seven tasks\n") and "## Routing" in text and "title: Seven tasks" in text
+    assert (
+        text.startswith("# Seven tasks\n")
+        and "## Routing" in text
+        and "## Gain over D-LLM" in text
+        and "title: Seven tasks" in text
+    )
     assert "python -m qtale_jax.experiment a.yaml" in page.read_text()
     assert not list(output.glob(".*"))
+
+
+def test_one_seed_leaves_no_paired_differences(text_experiment, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(text_experiment, output)
+    (output / "paired.json").write_text("[]")  # of an earlier report
+    run_stage(_config(output), command="x", console=Console(quiet=True))
+    assert not (output / "paired.json").exists()
+    assert "Gain over" not in (output / "report.md").read_text()
 
 
 @pytest.mark.slow
@@ -60,7 +80,7 @@ def test_nothing_is_written_for_bad_input(output):
     shutil.rmtree(output / "evaluation")
     with pytest.raises(InputError, match="no evaluation found"):
         run_stage(_config(output))
-    assert not {"results.json", "report.md", "report.html"} & {path.name for path in output.iterdir()}
+    assert not {"results.json", "paired.json", "report.md", "report.html"} & {path.name for path in output.iterdir()}
 
 
 def _command(*arguments) -> subprocess.CompletedProcess:

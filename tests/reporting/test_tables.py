@@ -3,11 +3,19 @@
 import dataclasses
 
 import pytest
-from rich.console import Console
 
 from qtale_jax.reporting import tables
 from qtale_jax.reporting.aggregate import Estimate, Format, Summary, summarize
-from qtale_jax.reporting.labels import ACCURACY, NATS, count_text, format_label, looks, point_label
+from qtale_jax.reporting.labels import (
+    ACCURACY,
+    NATS,
+    OTHERS,
+    count_text,
+    format_label,
+    looks,
+    place_label,
+    point_label,
+)
 from qtale_jax.reporting.results import read_evaluations
 
 SUMMARY = Summary(
@@ -121,29 +129,6 @@ def test_flops_are_relative_to_the_dense_model(summaries):
     assert routed.rows[0][2].detail == ""
 
 
-def test_markdown_has_every_cell_and_no_stray_bars(summaries):
-    table = tables.quality_table(summaries, ACCURACY)
-    text = tables.to_markdown(table)
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(lines) == len(table.rows) + 2
-    assert {line.count(" | ") for line in lines} == {len(table.headers) - 1}
-    assert all(str(cell) in text for row in table.rows for cell in row)
-    hostile = dataclasses.replace(table, rows=((tables.Cell("a|b<c>\n*"), *table.rows[0][1:]),))
-    assert "a\\|b\\<c\\> \\*" in tables.to_markdown(hostile)
-
-
-def test_the_terminal_table_fits_eighty_columns(summaries):
-    console = Console(width=80, record=True, file=None, quiet=False, force_terminal=False)
-    with console.capture() as capture:
-        console.print(tables.to_rich(tables.quality_table(summaries, ACCURACY)))
-    text = capture.get()
-    summary = _find(summaries, "dllm", 2, "ratio 0.70")
-    assert max(map(len, text.splitlines())) <= 80
-    assert "…" not in text
-    accuracy = summary.accuracy["mean"]
-    assert f"{100 * accuracy.mean:.1f}±{100 * accuracy.error:.1f} @.70" in text
-
-
 def test_notes_say_what_the_error_is(summaries):
     routed = [s for s in summaries if s.routing != "dense"]
     assert tables.error_note(routed) == "± is the standard error of the mean over 3 seeds."
@@ -177,3 +162,77 @@ def test_every_model_has_its_own_look():
     assert len({look.index for look in found.values()}) == 5
     assert found["qtale"].index == 2 and found["only"].index == 1
     assert found["qtale-strong"].label == "qtale-strong"
+
+
+@pytest.fixture(scope="module")
+def many(study):
+    return summarize(study)
+
+
+def test_five_routings_and_many_models_get_looks_and_the_rest_is_grey(many):
+    found = looks(many)
+    assert list(found)[:4] == ["dense", "dense_qat", "drop_even", "drop_influence"]
+    firsts = [found[model] for model in ("dense", "dllm", "qtale", "mod", "random")]
+    assert [look.index for look in firsts] == [0, 1, 2, 3, 4]
+    assert [look.label for look in firsts] == ["Dense", "D-LLM", "QTALE", "MoD", "Random"]
+    coloured = [model for model, look in found.items() if look.index != OTHERS]
+    assert len(coloured) == len({found[model].index for model in coloured}) == 8
+    assert {"dense_qat", "dllm_55", "qtale_plus"} <= set(coloured)  # the second of each routing, no sweep
+    grey = [look for look in found.values() if look.index == OTHERS]
+    assert len({look.marker for look in grey}) == len(grey) == 7
+
+
+def test_a_model_without_some_layers_is_not_said_to_run_all(many):
+    places = {summary.model: place_label(summary) for summary in many if summary.routing == "dense"}
+    assert places == {
+        "dense": "all layers",
+        "dense_qat": "all layers",
+        "drop_even": "fixed layers",
+        "drop_influence": "fixed layers",
+    }
+    shown = {row[0].text: row[1].text for row in tables.quality_table(many, ACCURACY).rows[:4]}
+    assert shown["Dense"] == "all layers" and shown["drop_even"] == "fixed layers"
+
+
+def test_reach_is_the_ratio_at_both_ends_and_their_difference(many, summaries):
+    table = tables.reach_table(many)
+    assert [row[0].text for row in table.rows] == ["D-LLM", "QTALE", "qtale_plus"]
+    row = table.rows[1]
+    low, high = (_find(many, "qtale", 16, point).executed_ratio for point in ("threshold 0.10", "threshold 0.50"))
+    assert [row[1].text, row[3].text] == ["0.1", "0.5"]
+    assert row[2].text.startswith(f"{low.mean:.3f} ± ") and row[4].text.startswith(f"{high.mean:.3f} ± ")
+    assert row[5].text.startswith(f"{low.mean - high.mean:.3f} ± ")
+    assert tables.reach_table(summaries) is None  # one threshold
+
+
+def test_all_tables_have_the_new_ones_only_where_they_say_something(many, summaries, text_experiment):
+    titles = [table.title for table in tables.all_tables(many)]
+    gains = [f"Gain over {name}: accuracy, points" for name in ("Dense", "dense_qat", "D-LLM")]
+    assert titles[2:5] == gains and "Reach of θ" in titles
+    assert "Reach of θ" not in [table.title for table in tables.all_tables(summaries)]
+    single = summarize(read_evaluations(text_experiment / "evaluation"))
+    assert not [table for table in tables.all_tables(single) if table.title.startswith("Gain")]
+
+
+def test_gains_over_a_dense_model_stand_at_every_ratio(many):
+    table = tables.paired_table(many, ACCURACY, "dense")
+    assert table.headers == ("method", "at", "fp", "4-bit", "3-bit", "2-bit")
+    assert {row[1].text for row in table.rows} == {"all layers", "fixed layers", "ratio 0.50", "ratio 0.70"}
+    row = next(row for row in table.rows if (row[0].text, row[1].text) == ("D-LLM", "ratio 0.50"))
+    gain = 100 * (_find(many, "dllm", 2, "ratio 0.50").accuracy["mean"].mean - many[3].accuracy["mean"].mean)
+    assert row[-1].text == f"{gain:+.1f}".replace("-", "−") and row[-1].detail.startswith("[−")
+    assert "over 3 seeds" in table.note and "Dense is one model" in table.note and "differ" not in table.note
+
+
+def test_gains_over_a_routed_model_are_at_equal_ratio(many):
+    table = tables.paired_table(many, ACCURACY, "dllm")
+    shown = {(row[0].text, row[1].text) for row in table.rows}
+    assert ("drop_even", "ratio 0.50") in shown and ("drop_even", "ratio 0.70") not in shown
+    assert not {"Dense", "dense_qat", "D-LLM"} & {name for name, _ in shown}
+    assert "by no more than 0.02" in table.note and "one model" not in table.note
+
+
+def test_no_gains_where_nothing_is_left(many):
+    dense = [summary for summary in many if summary.model in ("dense", "dllm")]
+    assert tables.paired_table(dense, ACCURACY, "dllm") is None
+    assert tables.paired_table(many, ACCURACY, "dllm_none") is None

@@ -130,6 +130,13 @@ def test_identity_ignores_what_is_only_written(tmp_path, make_config):
         claim(tmp_path, make_config(lora={"rank": 4}))
 
 
+def test_checkpoints_of_an_unknown_run_are_not_continued(tmp_path, make_config):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(InputError, match=r"run\.json"):
+        claim(tmp_path, make_config())
+    assert not (tmp_path / "run.json").exists()
+
+
 def test_log_drops_what_comes_after_the_checkpoint(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "los')

@@ -96,6 +96,16 @@ def test_only_log_cosh_pulls_a_saturated_router_back():
     assert slope("entropy") == pytest.approx(0.0, abs=1e-6)
 
 
+def test_choice_loss_is_the_cross_entropy_of_the_probability_with_the_choice(rng):
+    gaps, chosen = rng.normal(size=(3, 7)) * 4, rng.random((3, 7)) < 0.5
+    p = logistic(gaps)
+    expected = -np.where(chosen, np.log(p), np.log(1 - p))
+    found = objective.choice_loss(jnp.asarray(gaps, jnp.float32), jnp.asarray(chosen))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    far = objective.choice_loss(jnp.array([300.0, -300.0], jnp.float32), jnp.array([False, False]))
+    np.testing.assert_allclose(far, [300.0, 0.0])
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_distillation_is_the_divergence_from_the_teacher(rng, temperature):
     student, teacher = rng.normal(size=(2, 4, 9)), rng.normal(size=(2, 4, 9)) * 2

@@ -19,7 +19,6 @@ from qtale_jax.training.optimizer import (
     nest,
     partition,
 )
-from qtale_jax.training.step import rate_weight
 
 
 def test_warm_up_is_linear_then_half_a_cosine_to_zero():
@@ -35,13 +34,6 @@ def test_constant_schedule_and_short_warm_ups(warmup, first):
     schedule = learning_rate_schedule(OptimizerConfig(learning_rate=1.0, warmup=warmup, schedule="constant"), 10)
     assert np.asarray(schedule(0)) == pytest.approx(first)
     assert np.asarray(schedule(9)) == 1.0
-
-
-def test_rate_weight_rises_as_a_quarter_sine(make_config):
-    config = make_config(routing={"rate_weight": 5.0})
-    found = [float(rate_weight(config, jnp.float32(x))) for x in (0, 1 / 3, 1)]
-    np.testing.assert_allclose(found, [0.0, 2.5, 5.0], rtol=1e-5)
-    assert float(rate_weight(make_config(routing={"rate_schedule": "constant"}), jnp.float32(0))) == 5.0
 
 
 def test_decay_is_on_matrices_only_in_stacks_too():

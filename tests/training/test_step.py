@@ -105,7 +105,10 @@ def test_quantizer_acts_on_every_kth_step_only(trainer, batch):
         "train": {"parameters": "adapters"},
     }
     plain = trainer(**overrides)
-    aware = trainer(**overrides | {"train": {"parameters": "adapters", "quantization_aware": {"bits": 2, "every": 2}}})
+    aware = trainer(
+        **overrides
+        | {"train": {"parameters": "adapters", "quantization_aware": {"formats": [{"bits": 2}], "every": 2}}}
+    )
     totals = {"targets": jnp.float32(batch["weights"].sum())}
 
     def loss(run, step):

@@ -1,4 +1,4 @@
-"""The embedded reasoning suite: generators, TFDS builder and tokenizer."""
+"""The embedded reasoning suites: generators, TFDS builder and tokenizers."""
 
 from qtale_jax.data.reasoning.reasoning import (
     SPLITS,
@@ -11,17 +11,20 @@ from qtale_jax.data.reasoning.reasoning import (
     rows,
     split_of,
 )
-from qtale_jax.data.reasoning.tasks import MAX_TOKENS, TASKS, WORDS, Example, generate, stream, vocabulary
+from qtale_jax.data.reasoning.suites import SUITES, Suite, generate, stream
+from qtale_jax.data.reasoning.tasks import MAX_TOKENS, TASKS, WORDS, Example
 from qtale_jax.data.reasoning.tokenizer import tokenizer
 
 __all__ = [
     "MAX_TOKENS",
     "SPLITS",
+    "SUITES",
     "TASKS",
     "WORDS",
     "Example",
     "Reasoning",
     "ReasoningConfig",
+    "Suite",
     "decode",
     "generate",
     "generate_splits",
@@ -31,5 +34,4 @@ __all__ = [
     "split_of",
     "stream",
     "tokenizer",
-    "vocabulary",
 ]

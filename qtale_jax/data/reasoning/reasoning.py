@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from qtale_jax.data.reasoning.tasks import TASKS, Example, stream
+from qtale_jax.data.reasoning.suites import SUITES, stream
+from qtale_jax.data.reasoning.tasks import Example
 
 SPLITS = ("train", "calibration", "validation", "test")
 # Upper ends of the splits' shares of hash space, in per cent. The shares follow the sizes, with room for the small
@@ -25,11 +26,12 @@ _MAX_FRUITLESS_DRAWS = 5_000
 
 @dataclasses.dataclass(kw_only=True)
 class ReasoningConfig(tfds.core.BuilderConfig):
-    """How many examples each task contributes to each split, and from which seed.
+    """Which suite, how many examples each of its tasks contributes to each split, and from which seed.
 
     Prepared files are found again by the configuration's name alone: other sizes or another seed need another name.
     """
 
+    suite: str = "basic"
     train: int = 12_000
     calibration: int = 512
     validation: int = 512
@@ -43,24 +45,25 @@ def split_of(query: str) -> str:
     return next(split for split, end in _SHARES.items() if bucket < end)
 
 
-def generate_splits(sizes: Mapping[str, int], seed: int) -> dict[str, list[Example]]:
+def generate_splits(sizes: Mapping[str, int], seed: int, suite: str = "basic") -> dict[str, list[Example]]:
     """Generates all splits; no query occurs twice, neither within a split nor across splits.
 
     Args:
       sizes: Examples per task of each split.
       seed: Seed of every task's stream.
+      suite: A key of `SUITES`.
 
     Returns:
-      For each split a list of `sizes[split] * len(TASKS)` examples in which the tasks alternate: example i is of task
-      number i % len(TASKS), so any prefix is balanced and `rows` finds the examples of one task.
+      For each split a list of `sizes[split]` examples per task in which the tasks alternate: example i is of task
+      number i modulo the number of tasks, so any prefix is balanced and `rows` finds the examples of one task.
     """
     by_task: list[dict[str, list[Example]]] = []
-    for task in TASKS:
+    for task in SUITES[suite].tasks:
         splits: dict[str, list[Example]] = {split: [] for split in sizes}
         missing = sum(sizes.values())
         fruitless = 0
         seen: set[str] = set()
-        examples = stream(task, seed)
+        examples = stream(task, seed, suite)
         while missing:
             example = next(examples)
             split = split_of(example["query"])
@@ -81,7 +84,7 @@ def generate_splits(sizes: Mapping[str, int], seed: int) -> dict[str, list[Examp
 
 
 class Reasoning(tfds.core.GeneratorBasedBuilder):
-    """Seven multiple-choice tasks over a closed vocabulary, with near-miss distractors."""
+    """Multiple-choice tasks over a closed vocabulary, with near-miss distractors: a basic suite and a harder one."""
 
     VERSION = tfds.core.Version("1.0.0")
     # Nothing is downloaded, so there are no checksums. Saying so keeps TFDS from searching for a checksum file, for
@@ -93,6 +96,18 @@ class Reasoning(tfds.core.GeneratorBasedBuilder):
         ReasoningConfig(
             name="small",
             description="256 / 32 / 32 / 64 examples per task, for tests.",
+            train=256,
+            calibration=32,
+            validation=32,
+            test=64,
+        ),
+        ReasoningConfig(
+            name="study", description="The study suite, 24,000 / 512 / 512 / 1,000.", suite="study", train=24_000
+        ),
+        ReasoningConfig(
+            name="study_small",
+            description="The study suite, 256 / 32 / 32 / 64 examples per task, for tests.",
+            suite="study",
             train=256,
             calibration=32,
             validation=32,
@@ -120,7 +135,7 @@ class Reasoning(tfds.core.GeneratorBasedBuilder):
         del dl_manager  # Nothing is downloaded.
         config = self.builder_config
         assert isinstance(config, ReasoningConfig)
-        splits = generate_splits({split: getattr(config, split) for split in SPLITS}, config.seed)
+        splits = generate_splits({split: getattr(config, split) for split in SPLITS}, config.seed, config.suite)
         return {split: self._generate_examples(examples) for split, examples in splits.items()}
 
     def _generate_examples(self, examples: Sequence[Example]) -> Iterator[tuple[int, Example]]:
@@ -163,7 +178,7 @@ def load(data_dir: str | os.PathLike[str], split: str, config: str = "full") -> 
     Args:
       data_dir: Directory for prepared data sets.
       split: One of `SPLITS`, or a slice of one in TFDS notation, such as "test[:700]".
-      config: "full", or "small" for tests.
+      config: "full" (the basic suite), "study", or "small" and "study_small" for tests.
 
     Returns:
       A `tfds` data source whose items are dictionaries with `task` and `query` (bytes), `choices` (2 or 4 bytes
@@ -173,9 +188,10 @@ def load(data_dir: str | os.PathLike[str], split: str, config: str = "full") -> 
     return prepare(data_dir, config).as_data_source(split=split)  # pyright: ignore[reportCallIssue]
 
 
-def rows(task: str, num_examples: int) -> range:
+def rows(task: str, num_examples: int, suite: str = "basic") -> range:
     """Returns the indices of a task's examples in a whole split of `num_examples` examples."""
-    return range(list(TASKS).index(task), num_examples, len(TASKS))
+    names = list(SUITES[suite].tasks)
+    return range(names.index(task), num_examples, len(names))
 
 
 def decode(item: Mapping[str, Any]) -> Example:

@@ -9,7 +9,7 @@ weight quantization makes, changes the answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -48,12 +48,8 @@ class Example(TypedDict):
     gold: int
 
 
-def vocabulary() -> dict[str, int]:
-    """Returns the token id of every word; `<pad>`, `<s>` and `</s>` are 0, 1 and 2."""
-    return {word: index for index, word in enumerate(WORDS)}
-
-
-def _text(values: Sequence[int]) -> str:
+def as_text(values: Sequence[int]) -> str:
+    """The numbers as words."""
     return " ".join(map(str, values))
 
 
@@ -61,14 +57,14 @@ def _distinct_values(rng: np.random.Generator, count: int) -> list[int]:
     return rng.permutation(NUM_VALUES)[:count].tolist()
 
 
-def _example(rng: np.random.Generator, task: str, query: str, right: str, wrong: Sequence[str]) -> Example:
+def with_choices(rng: np.random.Generator, task: str, query: str, right: str, wrong: Sequence[str]) -> Example:
     """Puts the right choice among the wrong ones at a uniformly drawn place."""
     choices = [right, *wrong]
     order = rng.permutation(len(choices)).tolist()
     return Example(task=task, query=query, choices=[choices[i] for i in order], gold=order.index(0))
 
 
-def _among_neighbours(rng: np.random.Generator, task: str, query: str, right: int, largest: int) -> Example:
+def among_neighbours(rng: np.random.Generator, task: str, query: str, right: int, largest: int) -> Example:
     """Offers four consecutive integers in [0, largest], one of them right, in a random order.
 
     Where the window starts is random too, so the middle of the offered range says little about the answer.
@@ -77,7 +73,7 @@ def _among_neighbours(rng: np.random.Generator, task: str, query: str, right: in
     highest_start = min(right, largest - NUM_CHOICES + 1)
     start = int(rng.integers(lowest_start, highest_start + 1))
     wrong = [str(value) for value in range(start, start + NUM_CHOICES) if value != right]
-    return _example(rng, task, query, str(right), wrong)
+    return with_choices(rng, task, query, str(right), wrong)
 
 
 def rank(rng: np.random.Generator) -> Example:
@@ -91,8 +87,10 @@ def rank(rng: np.random.Generator) -> Example:
     largest = bool(rng.integers(2))
     ordered = sorted(values, reverse=largest)
     others = sorted((i for i in range(len(ordered)) if i != position), key=lambda i: abs(i - position))
-    query = f"{_ORDINALS[position]} {'largest' if largest else 'smallest'} {_text(values)} ="
-    return _example(rng, "rank", query, str(ordered[position]), [str(ordered[i]) for i in others[: NUM_CHOICES - 1]])
+    query = f"{_ORDINALS[position]} {'largest' if largest else 'smallest'} {as_text(values)} ="
+    return with_choices(
+        rng, "rank", query, str(ordered[position]), [str(ordered[i]) for i in others[: NUM_CHOICES - 1]]
+    )
 
 
 def boolean(rng: np.random.Generator) -> Example:
@@ -120,7 +118,7 @@ def boolean(rng: np.random.Generator) -> Example:
             words.append("not")
         words.append(_BOOLEANS[literal])
     right, wrong = ("yes", "no") if result else ("no", "yes")
-    return _example(rng, "boolean", f"{' '.join(words)} =", right, [wrong])
+    return with_choices(rng, "boolean", f"{' '.join(words)} =", right, [wrong])
 
 
 def count(rng: np.random.Generator) -> Example:
@@ -131,7 +129,7 @@ def count(rng: np.random.Generator) -> Example:
     values = _distinct_values(rng, 8)
     threshold = int(rng.integers(6, NUM_VALUES - 6))
     right = sum(value > threshold for value in values)
-    return _among_neighbours(rng, "count", f"count above {threshold} : {_text(values)} =", right, len(values))
+    return among_neighbours(rng, "count", f"count above {threshold} : {as_text(values)} =", right, len(values))
 
 
 def keep(rng: np.random.Generator) -> Example:
@@ -154,12 +152,12 @@ def keep(rng: np.random.Generator) -> Example:
     dropped = [value for value in by_distance if value not in inside]
 
     def in_order(members: set[int]) -> str:
-        return _text([value for value in values if value in members])
+        return as_text([value for value in values if value in members])
 
     exchanges = ((kept[0], dropped[0]), (kept[0], dropped[1]), (kept[1], dropped[0]))
     wrong = [in_order(inside - {out} | {into}) for out, into in exchanges]
-    query = f"keep {'below' if below else 'above'} {threshold} : {_text(values)} ="
-    return _example(rng, "keep", query, in_order(inside), wrong)
+    query = f"keep {'below' if below else 'above'} {threshold} : {as_text(values)} ="
+    return with_choices(rng, "keep", query, in_order(inside), wrong)
 
 
 def without(rng: np.random.Generator) -> Example:
@@ -174,15 +172,15 @@ def without(rng: np.random.Generator) -> Example:
     stays = [value for value in values if value not in named]
 
     def exchange(out: int, into: int) -> str:
-        return _text([value for value in values if value == into or (value in stays and value != out)])
+        return as_text([value for value in values if value == into or (value in stays and value != out)])
 
     outgoing = rng.permutation(len(stays)).tolist()
     wrong = [exchange(stays[i], named[i]) for i in outgoing[:2]]
     first = int(rng.integers(len(stays) - 1))
     swapped = list(stays)
     swapped[first], swapped[first + 1] = swapped[first + 1], swapped[first]
-    wrong.append(_text(swapped))
-    return _example(rng, "without", f"without {_text(named)} : {_text(values)} =", _text(stays), wrong)
+    wrong.append(as_text(swapped))
+    return with_choices(rng, "without", f"without {as_text(named)} : {as_text(values)} =", as_text(stays), wrong)
 
 
 def total(rng: np.random.Generator) -> Example:
@@ -192,7 +190,7 @@ def total(rng: np.random.Generator) -> Example:
     """
     num_values, largest = 5, 6
     values = rng.integers(largest + 1, size=num_values).tolist()
-    return _among_neighbours(rng, "sum", f"sum {_text(values)} =", sum(values), num_values * largest)
+    return among_neighbours(rng, "sum", f"sum {as_text(values)} =", sum(values), num_values * largest)
 
 
 def nearest(rng: np.random.Generator) -> Example:
@@ -205,8 +203,8 @@ def nearest(rng: np.random.Generator) -> Example:
         ordered = sorted(values, key=lambda value: abs(value - target))
         if abs(ordered[0] - target) < abs(ordered[1] - target):
             break
-    query = f"nearest {target} : {_text(values)} ="
-    return _example(rng, "nearest", query, str(ordered[0]), [str(value) for value in ordered[1:NUM_CHOICES]])
+    query = f"nearest {target} : {as_text(values)} ="
+    return with_choices(rng, "nearest", query, str(ordered[0]), [str(value) for value in ordered[1:NUM_CHOICES]])
 
 
 TASKS: dict[str, Callable[[np.random.Generator], Example]] = {
@@ -218,23 +216,3 @@ TASKS: dict[str, Callable[[np.random.Generator], Example]] = {
     "sum": total,
     "nearest": nearest,
 }
-
-
-def stream(task: str, seed: int) -> Iterator[Example]:
-    """Yields examples of one task without end, the same ones for the same seed; queries may repeat.
-
-    Args:
-      task: A key of `TASKS`.
-      seed: A non-negative integer. Different tasks draw from independent generators under the same seed.
-    """
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")
-    rng = np.random.default_rng([seed, list(TASKS).index(task)])
-    while True:
-        yield TASKS[task](rng)
-
-
-def generate(task: str, count: int, seed: int) -> list[Example]:
-    """Returns the first `count` examples of `stream(task, seed)`."""
-    examples = stream(task, seed)
-    return [next(examples) for _ in range(count)]

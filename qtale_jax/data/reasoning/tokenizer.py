@@ -8,15 +8,16 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from qtale_jax.data.reasoning.tasks import BOS, EOS, MAX_TOKENS, PAD, vocabulary
+from qtale_jax.data.reasoning.suites import SUITES
+from qtale_jax.data.reasoning.tasks import BOS, EOS, PAD
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Returns a tokenizer with one token per word of `WORDS`, which starts every encoding with `<s>`.
+def tokenizer(suite: str = "basic") -> PreTrainedTokenizerFast:
+    """Returns a tokenizer with one token per word of the suite, which starts every encoding with `<s>`.
 
     There is no unknown token: a word outside the vocabulary raises an exception instead of being scored silently.
     """
-    words = vocabulary()
+    words = SUITES[suite].vocabulary()
     backend = Tokenizer(WordLevel(words))
     backend.pre_tokenizer = WhitespaceSplit()
     backend.post_processor = TemplateProcessing(
@@ -28,6 +29,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
         eos_token=EOS,
         pad_token=PAD,
         padding_side="right",
-        model_max_length=MAX_TOKENS,
+        model_max_length=SUITES[suite].max_tokens,
         clean_up_tokenization_spaces=False,
     )

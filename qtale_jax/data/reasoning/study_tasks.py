@@ -1,0 +1,213 @@
+"""The study suite: ten harder tasks over more numbers and longer questions, and three that are held out of evaluation.
+
+Made for comparing ways to compress: wrong choices are near misses, every answer hangs on several steps, and there are
+twice as many numbers as in the basic suite, so that a base of a few million parameters is not at its ceiling and 3-bit
+rounding shows. `median`, `rotate` and `spread` are trained like the others, but no validation, calibration or
+evaluation sees them unless it names them: they are for one last look after everything has been chosen.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qtale_jax.data.reasoning.tasks import BOS, EOS, PAD, Example, among_neighbours, as_text, with_choices
+
+NUM_VALUES = 64
+NUM_CHOICES = 4
+MAX_TOKENS = 25
+"""Longest sequence: <s>, query, one choice, </s>."""
+
+_ORDINALS = ("first", "second", "third", "fourth", "fifth")
+_BOOLEANS = ("false", "true")
+_OPERATORS = ("and", "or")
+
+WORDS: tuple[str, ...] = (
+    PAD,
+    BOS,
+    EOS,
+    *(str(value) for value in range(NUM_VALUES)),
+    *_ORDINALS,
+    *_BOOLEANS,
+    *_OPERATORS,
+    *("not", "no", "yes", "largest", "smallest", "count", "between", "keep", "above", "below", "without", "sum"),
+    *("nearest", "sort", "recall", "reverse", "median", "rotate", "spread", ":", "="),
+)
+
+
+def _distinct(rng: np.random.Generator, count: int) -> list[int]:
+    return rng.permutation(NUM_VALUES)[:count].tolist()
+
+
+def _swapped(values: list[int], first: int) -> list[int]:
+    """`values` with the one at `first` and its right neighbour exchanged."""
+    return [*values[:first], values[first + 1], values[first], *values[first + 2 :]]
+
+
+def _with_swaps(rng: np.random.Generator, task: str, query: str, right: list[int], places: list[int]) -> Example:
+    """The wrong choices are the right list with two neighbours exchanged, at three different places."""
+    wrong = [as_text(_swapped(right, place)) for place in places[: NUM_CHOICES - 1]]
+    return with_choices(rng, task, query, as_text(right), wrong)
+
+
+def rank(rng: np.random.Generator) -> Example:
+    """Asks for the first to fifth largest or smallest of nine numbers; wrong choices are the nearest in rank."""
+    values = _distinct(rng, 9)
+    position, largest = int(rng.integers(len(_ORDINALS))), bool(rng.integers(2))
+    ordered = sorted(values, reverse=largest)
+    others = sorted((i for i in range(len(ordered)) if i != position), key=lambda i: abs(i - position))
+    query = f"{_ORDINALS[position]} {'largest' if largest else 'smallest'} {as_text(values)} ="
+    wrong = [str(ordered[i]) for i in others[: NUM_CHOICES - 1]]
+    return with_choices(rng, "rank", query, str(ordered[position]), wrong)
+
+
+def boolean(rng: np.random.Generator) -> Example:
+    """Asks for the value of nine literals joined by "and" and "or", from left to right; up to four are negated."""
+    literals, operators = rng.integers(2, size=9).tolist(), rng.integers(2, size=8).tolist()
+    negated = set(rng.permutation(9)[: int(rng.integers(5))].tolist())
+    words: list[str] = []
+    result = 0
+    for i, literal in enumerate(literals):
+        value = literal ^ (i in negated)
+        if i:
+            words.append(_OPERATORS[operators[i - 1]])
+            value = result & value if words[-1] == "and" else result | value
+        result = value
+        words += ["not"] * (i in negated) + [_BOOLEANS[literal]]
+    right, wrong = ("yes", "no") if result else ("no", "yes")
+    return with_choices(rng, "boolean", f"{' '.join(words)} =", right, [wrong])
+
+
+def count(rng: np.random.Generator) -> Example:
+    """Asks how many of ten numbers lie strictly between two others."""
+    values = _distinct(rng, 10)
+    low = int(rng.integers(4, 28))
+    high = low + int(rng.integers(12, 33))
+    right = sum(low < value < high for value in values)
+    return among_neighbours(rng, "count", f"count between {low} {high} : {as_text(values)} =", right, len(values))
+
+
+def sort(rng: np.random.Generator) -> Example:
+    """Asks for seven numbers in rising order; wrong choices exchange the neighbours that are closest in value."""
+    values = _distinct(rng, 7)
+    right = sorted(values)
+    places = sorted(range(6), key=lambda i: right[i + 1] - right[i])
+    return _with_swaps(rng, "sort", f"sort {as_text(values)} =", right, places)
+
+
+def keep(rng: np.random.Generator) -> Example:
+    """Asks for the five of ten numbers above (or below) a threshold, in the order given.
+
+    Wrong choices exchange a number on the right side for one on the wrong side, both as close to it as possible.
+    """
+    values, kept_count = _distinct(rng, 10), 5
+    ordered = sorted(values)
+    below = bool(rng.integers(2))
+    if below:
+        threshold = int(rng.integers(ordered[kept_count - 1] + 1, ordered[kept_count] + 1))
+    else:
+        threshold = int(rng.integers(ordered[-kept_count - 1], ordered[-kept_count]))
+    inside = {value for value in values if (value < threshold if below else value > threshold)}
+    by_distance = sorted(values, key=lambda value: abs(value - threshold))
+    kept = [value for value in by_distance if value in inside]
+    dropped = [value for value in by_distance if value not in inside]
+
+    def in_order(members: set[int]) -> str:
+        return as_text([value for value in values if value in members])
+
+    exchanges = ((kept[0], dropped[0]), (kept[0], dropped[1]), (kept[1], dropped[0]))
+    wrong = [in_order(inside - {out} | {into}) for out, into in exchanges]
+    query = f"keep {'below' if below else 'above'} {threshold} : {as_text(values)} ="
+    return with_choices(rng, "keep", query, in_order(inside), wrong)
+
+
+def without(rng: np.random.Generator) -> Example:
+    """Asks for nine numbers less the five named first, in the order given.
+
+    Two wrong choices let a named number in for one that stays, one exchanges two neighbours.
+    """
+    values = _distinct(rng, 9)
+    named = [values[i] for i in rng.permutation(9)[:5].tolist()]
+    stays = [value for value in values if value not in named]
+    outgoing = rng.permutation(len(stays)).tolist()
+    wrong = []
+    for i in outgoing[:2]:
+        members = set(stays) - {stays[i]} | {named[i]}
+        wrong.append(as_text([value for value in values if value in members]))
+    wrong.append(as_text(_swapped(stays, int(rng.integers(len(stays) - 1)))))
+    query = f"without {as_text(named)} : {as_text(values)} ="
+    return with_choices(rng, "without", query, as_text(stays), wrong)
+
+
+def total(rng: np.random.Generator) -> Example:
+    """Asks for the sum of six numbers from 0 to 9."""
+    values = rng.integers(10, size=6).tolist()
+    return among_neighbours(rng, "sum", f"sum {as_text(values)} =", sum(values), 54)
+
+
+def nearest(rng: np.random.Generator) -> Example:
+    """Asks which of nine numbers is nearest to a given one; ties are not asked."""
+    while True:
+        target, *values = _distinct(rng, 10)
+        ordered = sorted(values, key=lambda value: abs(value - target))
+        if abs(ordered[0] - target) < abs(ordered[1] - target):
+            break
+    wrong = [str(value) for value in ordered[1:NUM_CHOICES]]
+    return with_choices(rng, "nearest", f"nearest {target} : {as_text(values)} =", str(ordered[0]), wrong)
+
+
+def recall(rng: np.random.Generator) -> Example:
+    """Asks for the number that follows a given one among nine; wrong choices stand elsewhere in the list."""
+    values = _distinct(rng, 9)
+    at = int(rng.integers(8))
+    others = [values[i] for i in rng.permutation(9).tolist() if i not in (at, at + 1)]
+    query = f"recall {as_text(values)} : {values[at]} ="
+    return with_choices(rng, "recall", query, str(values[at + 1]), [str(value) for value in others[:3]])
+
+
+def reverse(rng: np.random.Generator) -> Example:
+    """Asks for eight numbers from the last to the first; wrong choices exchange two neighbours."""
+    values = _distinct(rng, 8)
+    places = rng.permutation(7).tolist()
+    return _with_swaps(rng, "reverse", f"reverse {as_text(values)} =", values[::-1], places)
+
+
+def median(rng: np.random.Generator) -> Example:
+    """Asks for the middle one of seven numbers; wrong choices are the nearest in rank."""
+    values = _distinct(rng, 7)
+    ordered = sorted(values)
+    wrong = [str(ordered[i]) for i in (2, 4, 1 if rng.integers(2) else 5)]
+    return with_choices(rng, "median", f"median {as_text(values)} =", str(ordered[3]), wrong)
+
+
+def rotate(rng: np.random.Generator) -> Example:
+    """Asks for seven numbers with the first few moved to the end; wrong choices exchange two neighbours."""
+    values = _distinct(rng, 7)
+    shift = int(rng.integers(1, 7))
+    places = rng.permutation(6).tolist()
+    return _with_swaps(rng, "rotate", f"rotate {shift} : {as_text(values)} =", values[shift:] + values[:shift], places)
+
+
+def spread(rng: np.random.Generator) -> Example:
+    """Asks for the largest less the smallest of six numbers."""
+    values = _distinct(rng, 6)
+    return among_neighbours(rng, "spread", f"spread {as_text(values)} =", max(values) - min(values), NUM_VALUES - 1)
+
+
+TASKS = {
+    "rank": rank,
+    "boolean": boolean,
+    "count": count,
+    "sort": sort,
+    "keep": keep,
+    "without": without,
+    "sum": total,
+    "nearest": nearest,
+    "recall": recall,
+    "reverse": reverse,
+    "median": median,
+    "rotate": rotate,
+    "spread": spread,
+}
+
+HELD_OUT = ("median", "rotate", "spread")
+"""Trained, but in no other split than "train" unless asked for by name."""
