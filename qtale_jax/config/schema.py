@@ -118,8 +118,9 @@ class RoutingConfig(Section):
     counting: Literal["all", "routed"] = Field(
         default="all", description="layers that the target counts; D-LLM counts all"
     )
-    rate_loss: Literal["token", "batch"] = Field(
-        default="token", description="token: mean |w - R| per token (D-LLM); batch: |mean w - R|"
+    rate_loss: Literal["token", "batch", "squared"] = Field(
+        default="token",
+        description="token: mean |w - R| per token (D-LLM); batch: |mean w - R|; squared: its square",
     )
     rate_weight: NotNegative = Field(default=5.0, description="lambda_1, weight of the rate loss")
     rate_schedule: Literal["sin", "constant"] = Field(default="sin", description="sin: rises as sin(pi/2 * progress)")

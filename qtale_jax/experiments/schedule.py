@@ -1,10 +1,14 @@
 """Running jobs in worker processes, skipping what is done, showing how far they are."""
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -113,7 +117,7 @@ def execute(jobs: list[Job], config: Config) -> None:
     running: list[Running] = []
     finished: dict[str, str] = {name: "done before" for name in sorted(done)}
     console = Console(stderr=True)
-    with Live(console=console, auto_refresh=False, transient=False) as live:
+    with _sigterm_as_exit(), Live(console=console, auto_refresh=False, transient=False) as live:
         try:
             while waiting or running:
                 for job in [j for j in waiting if set(j.needs) <= set(finished)]:
@@ -134,10 +138,27 @@ def execute(jobs: list[Job], config: Config) -> None:
                     live.update(_view(jobs, finished, running), refresh=True)
                 time.sleep(0.2)
         finally:
-            for worker in running:  # a failure or Ctrl-C ends the others; SIGTERM lets training save first
+            for worker in running:  # a failure, Ctrl-C or SIGTERM ends the others; they save first where they train
                 worker.process.terminate()
             for worker in running:
                 worker.process.wait()
+
+
+@contextlib.contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """Turns SIGTERM into an exception, so that workers are not left behind; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _say(console: Console, text: str) -> None:

@@ -48,10 +48,9 @@ def rising(progress: Scalar) -> Scalar:
     return jnp.sin(0.5 * math.pi * progress)
 
 
-def routed_share(target: Scalar | float, spec: ModelSpecification, counting: str) -> Scalar | float:
+def routed_share(target: Scalar | float, layers: int, always_on: int, counting: str) -> Scalar | float:
     """The share of the routed layers that makes a share `target` in this counting, away from 0 and 1 by `CLOSED`."""
-    layers, routed = spec.architecture.num_layers, len(spec.routed_layers)
-    share = target if counting == "routed" else (target * layers - (layers - routed)) / routed
+    share = target if counting == "routed" else (target * layers - always_on) / (layers - always_on)
     return jnp.clip(share, CLOSED, 1 - CLOSED)
 
 
@@ -72,7 +71,7 @@ def aim_of(config: RoutingConfig, spec: ModelSpecification, step: Int[Array, ""]
     """The aim of a step: a function of its number and of the run's key alone."""
     progress = step.astype(jnp.float32) / steps
     target = target_of(config, step, jax.random.fold_in(key, step))
-    share = routed_share(target, spec, config.counting)
+    share = routed_share(target, spec.architecture.num_layers, config.always_on_layers, config.counting)
     moves = config.target_range is not None or config.method == "random"
     fading = annealed(progress)
     return Aim(

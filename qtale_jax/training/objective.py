@@ -41,16 +41,21 @@ def rate_loss(
     counted: Float[Array, "b t"],
     total: Float[Array, ""],
     target: Float[Array, ""] | float,
-    form: Literal["token", "batch"],
+    form: Literal["token", "batch", "squared"],
 ) -> Float[Array, ""]:
     """Distance of the executed share from `target`.
 
     "token" is D-LLM's: mean over tokens of |share - target|. "batch" is |mean share - target|: tokens may differ, and
-    the mean is held without the drift that the per-token form shows.
+    the mean is held without the drift that the per-token form shows. "squared" is (mean share - target)^2: what a layer
+    costs a token is 2 lambda_1 (mean - target), a price that settles, where the others push up or down with full weight
+    in every step. It settles beside the target, by the price over 2 lambda_1.
     """
     if form == "token":
         return weighted_mean(jnp.abs(share - target), counted, total)
-    return jnp.abs(weighted_mean(share - target, counted, total))
+    off = weighted_mean(share - target, counted, total)
+    if form == "batch":
+        return jnp.abs(off)
+    return off**2 * total / jnp.maximum(jnp.sum(counted), 1.0)  # a microbatch's own mean, weighted by its tokens
 
 
 def entropy_penalty(gaps: Float[Array, "..."], form: Literal["log_cosh", "entropy"]) -> Float[Array, "..."]:

@@ -24,6 +24,7 @@ from qtale_jax.models.specification import (
 )
 from qtale_jax.models.stacking import stack_layers, stacks
 from qtale_jax.parallel.mesh import replicated, shardings
+from qtale_jax.training.aim import routed_share
 from qtale_jax.training.dropping import drop_layers, layers_to_keep
 from qtale_jax.training.optimizer import Flat, flatten, nest, optimizer_shardings, partition
 from qtale_jax.training.step import TrainState, initial_state
@@ -71,11 +72,14 @@ def routing_from(config: Config, num_layers: int) -> RoutingSpecification | None
     if routing.method == "dense":
         return None
     names = ("method", "always_on_layers", "always_on_tokens", "router_hidden", "counting", "target", "eviction")
+    theta, router = routing.threshold, "learned"
+    if routing.method == "random":  # its p is uniform, so the share it is trained at says what theta has to be
+        theta = 1 - float(routed_share(routing.target, num_layers, routing.always_on_layers, routing.counting))
+        router = "hashed"
     thresholds = {}
-    if routing.threshold != 0.5:
+    if theta != 0.5:
         layers = num_layers - routing.always_on_layers
-        thresholds = {str(bits): (routing.threshold,) * layers for bits in (16, 8, 4, 3, 2)}
-    router = "hashed" if routing.method == "random" else "learned"
+        thresholds = {str(bits): (theta,) * layers for bits in (16, 8, 4, 3, 2)}
     given = {name: getattr(routing, name) for name in names}
     return RoutingSpecification(**given, router=router, thresholds=thresholds)
 

@@ -1,6 +1,11 @@
 """The whole main job in small, through its real entry point."""
 
+import contextlib
 import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -57,3 +62,33 @@ def test_an_experiment_runs_once_and_then_only_reports(tmp_path, run_module):
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
     assert "started" not in again.stderr
     assert json.loads((run / "results.json").read_text()) == rows
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_sigterm_leaves_no_worker_behind(tmp_path):
+    config = {
+        "output": str(tmp_path / "run"),
+        "data": {"kind": "reasoning", "path": str(tmp_path / "data"), "length": 20},
+        "model": {"architecture": {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_layers": 3}},
+        "lora": None,
+        "train": {"parameters": "all", "steps": 10**6},
+        "experiment": {"base": {}, "methods": {"dense": {}}},
+    }
+    (tmp_path / "endless.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "qtale_jax.experiment", str(tmp_path / "endless.yaml")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert next(line for line in process.stderr if "base: started" in line)
+        assert workers(tmp_path)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 128 + signal.SIGTERM
+    assert not workers(tmp_path)
+
+
+def workers(folder: Path) -> list[str]:
+    """Command lines of processes that work on jobs in `folder`."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it may have ended
+            found.append(file.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [line for line in found if "experiments.worker" in line and str(folder) in line]

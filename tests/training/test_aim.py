@@ -113,10 +113,10 @@ def test_the_shift_puts_the_threshold_where_the_share_is(share):
 
 
 def test_counting_all_layers_leaves_less_to_the_routed_ones():
-    assert float(routed_share(0.5, SPEC, "routed")) == 0.5
-    assert float(routed_share(0.5, SPEC, "all")) == pytest.approx(0.4)  # 6 of 12, 2 of them anyway
-    assert float(routed_share(1.0, SPEC, "all")) == pytest.approx(1, abs=2 * CLOSED)
-    assert float(routed_share(0.1, SPEC, "all")) == pytest.approx(CLOSED)  # out of reach
+    assert float(routed_share(0.5, 12, 2, "routed")) == 0.5
+    assert float(routed_share(0.5, 12, 2, "all")) == pytest.approx(0.4)  # 6 of 12, 2 of them anyway
+    assert float(routed_share(1.0, 12, 2, "all")) == pytest.approx(1, abs=2 * CLOSED)
+    assert float(routed_share(0.1, 12, 2, "all")) == pytest.approx(CLOSED)  # out of reach
 
 
 def test_each_method_trains_with_its_policy():

@@ -103,7 +103,8 @@ def test_random_routing_has_no_routing_loss_and_trains_at_its_share(fine_tuned):
     assert np.mean([row["executed_per_layer"] for row in rows]) == pytest.approx(0.25, abs=0.12)
     assert measured(path, config, 0.0)["row"]["executed_ratio"] == 1.0
     # theta = 1 - R of the routed layers, with the always-on layer and first token on top
-    found = measured(path, config, 0.75)["executed_per_layer"]
+    assert load_model(path).spec.thresholds == pytest.approx((0.75,) * 2)
+    found = measured(path, config)["executed_per_layer"]
     assert found[0] == 1.0 and np.mean(found[1:]) == pytest.approx(0.25 + 0.1, abs=0.2)
 
 

@@ -10,7 +10,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from qtale_jax.data.reasoning.tasks import BOS, EOS, PAD, Example, among_neighbours, as_text, with_choices
+from qtale_jax.data.reasoning.tasks import (
+    BOS,
+    EOS,
+    PAD,
+    Example,
+    among_neighbours,
+    as_text,
+    keep_among,
+    swapped,
+    with_choices,
+    without_among,
+)
 
 NUM_VALUES = 64
 NUM_CHOICES = 4
@@ -38,14 +49,9 @@ def _distinct(rng: np.random.Generator, count: int) -> list[int]:
     return rng.permutation(NUM_VALUES)[:count].tolist()
 
 
-def _swapped(values: list[int], first: int) -> list[int]:
-    """`values` with the one at `first` and its right neighbour exchanged."""
-    return [*values[:first], values[first + 1], values[first], *values[first + 2 :]]
-
-
 def _with_swaps(rng: np.random.Generator, task: str, query: str, right: list[int], places: list[int]) -> Example:
     """The wrong choices are the right list with two neighbours exchanged, at three different places."""
-    wrong = [as_text(_swapped(right, place)) for place in places[: NUM_CHOICES - 1]]
+    wrong = [as_text(swapped(right, place)) for place in places[: NUM_CHOICES - 1]]
     return with_choices(rng, task, query, as_text(right), wrong)
 
 
@@ -95,47 +101,13 @@ def sort(rng: np.random.Generator) -> Example:
 
 
 def keep(rng: np.random.Generator) -> Example:
-    """Asks for the five of ten numbers above (or below) a threshold, in the order given.
-
-    Wrong choices exchange a number on the right side for one on the wrong side, both as close to it as possible.
-    """
-    values, kept_count = _distinct(rng, 10), 5
-    ordered = sorted(values)
-    below = bool(rng.integers(2))
-    if below:
-        threshold = int(rng.integers(ordered[kept_count - 1] + 1, ordered[kept_count] + 1))
-    else:
-        threshold = int(rng.integers(ordered[-kept_count - 1], ordered[-kept_count]))
-    inside = {value for value in values if (value < threshold if below else value > threshold)}
-    by_distance = sorted(values, key=lambda value: abs(value - threshold))
-    kept = [value for value in by_distance if value in inside]
-    dropped = [value for value in by_distance if value not in inside]
-
-    def in_order(members: set[int]) -> str:
-        return as_text([value for value in values if value in members])
-
-    exchanges = ((kept[0], dropped[0]), (kept[0], dropped[1]), (kept[1], dropped[0]))
-    wrong = [in_order(inside - {out} | {into}) for out, into in exchanges]
-    query = f"keep {'below' if below else 'above'} {threshold} : {as_text(values)} ="
-    return with_choices(rng, "keep", query, in_order(inside), wrong)
+    """`keep_among`: five of ten numbers."""
+    return keep_among(rng, _distinct(rng, 10), 5)
 
 
 def without(rng: np.random.Generator) -> Example:
-    """Asks for nine numbers less the five named first, in the order given.
-
-    Two wrong choices let a named number in for one that stays, one exchanges two neighbours.
-    """
-    values = _distinct(rng, 9)
-    named = [values[i] for i in rng.permutation(9)[:5].tolist()]
-    stays = [value for value in values if value not in named]
-    outgoing = rng.permutation(len(stays)).tolist()
-    wrong = []
-    for i in outgoing[:2]:
-        members = set(stays) - {stays[i]} | {named[i]}
-        wrong.append(as_text([value for value in values if value in members]))
-    wrong.append(as_text(_swapped(stays, int(rng.integers(len(stays) - 1)))))
-    query = f"without {as_text(named)} : {as_text(values)} ="
-    return with_choices(rng, "without", query, as_text(stays), wrong)
+    """`without_among`: nine numbers less five."""
+    return without_among(rng, _distinct(rng, 9), 5)
 
 
 def total(rng: np.random.Generator) -> Example:

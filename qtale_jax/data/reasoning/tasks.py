@@ -57,6 +57,11 @@ def _distinct_values(rng: np.random.Generator, count: int) -> list[int]:
     return rng.permutation(NUM_VALUES)[:count].tolist()
 
 
+def swapped(values: list[int], first: int) -> list[int]:
+    """`values` with the one at `first` and its right neighbour exchanged."""
+    return [*values[:first], values[first + 1], values[first], *values[first + 2 :]]
+
+
 def with_choices(rng: np.random.Generator, task: str, query: str, right: str, wrong: Sequence[str]) -> Example:
     """Puts the right choice among the wrong ones at a uniformly drawn place."""
     choices = [right, *wrong]
@@ -132,20 +137,18 @@ def count(rng: np.random.Generator) -> Example:
     return among_neighbours(rng, "count", f"count above {threshold} : {as_text(values)} =", right, len(values))
 
 
-def keep(rng: np.random.Generator) -> Example:
-    """Asks for the four of eight numbers above (or below) a threshold, in the order given.
+def keep_among(rng: np.random.Generator, values: list[int], num_kept: int) -> Example:
+    """Asks for the `num_kept` numbers above (or below) a threshold, in the order given.
 
     Hard because the wrong choices exchange one number on the right side of the threshold for one on the wrong side,
     both as close to it as possible, and leave the rest alone.
     """
-    num_values, num_kept = 8, 4
-    values = _distinct_values(rng, num_values)
     ordered = sorted(values)
     below = bool(rng.integers(2))
     if below:
         threshold = int(rng.integers(ordered[num_kept - 1] + 1, ordered[num_kept] + 1))
     else:
-        threshold = int(rng.integers(ordered[num_values - num_kept - 1], ordered[num_values - num_kept]))
+        threshold = int(rng.integers(ordered[-num_kept - 1], ordered[-num_kept]))
     inside = {value for value in values if (value < threshold if below else value > threshold)}
     by_distance = sorted(values, key=lambda value: abs(value - threshold))
     kept = [value for value in by_distance if value in inside]
@@ -160,15 +163,13 @@ def keep(rng: np.random.Generator) -> Example:
     return with_choices(rng, "keep", query, in_order(inside), wrong)
 
 
-def without(rng: np.random.Generator) -> Example:
-    """Asks for seven numbers less the four named first, in the order given.
+def without_among(rng: np.random.Generator, values: list[int], num_named: int) -> Example:
+    """Asks for the numbers less `num_named` of them that are named first, in the order given.
 
     Hard because each number has to be looked up among the named ones; of the wrong choices two let one named number
     in for a number that stays, one swaps two neighbours of the right answer.
     """
-    num_values, num_named = 7, 4
-    values = _distinct_values(rng, num_values)
-    named = [values[i] for i in rng.permutation(num_values)[:num_named].tolist()]
+    named = [values[i] for i in rng.permutation(len(values))[:num_named].tolist()]
     stays = [value for value in values if value not in named]
 
     def exchange(out: int, into: int) -> str:
@@ -176,11 +177,18 @@ def without(rng: np.random.Generator) -> Example:
 
     outgoing = rng.permutation(len(stays)).tolist()
     wrong = [exchange(stays[i], named[i]) for i in outgoing[:2]]
-    first = int(rng.integers(len(stays) - 1))
-    swapped = list(stays)
-    swapped[first], swapped[first + 1] = swapped[first + 1], swapped[first]
-    wrong.append(as_text(swapped))
+    wrong.append(as_text(swapped(stays, int(rng.integers(len(stays) - 1)))))
     return with_choices(rng, "without", f"without {as_text(named)} : {as_text(values)} =", as_text(stays), wrong)
+
+
+def keep(rng: np.random.Generator) -> Example:
+    """`keep_among`: four of eight numbers."""
+    return keep_among(rng, _distinct_values(rng, 8), 4)
+
+
+def without(rng: np.random.Generator) -> Example:
+    """`without_among`: seven numbers less four."""
+    return without_among(rng, _distinct_values(rng, 7), 4)
 
 
 def total(rng: np.random.Generator) -> Example:
