@@ -17,6 +17,7 @@ def check_combinations(config: Config) -> None:
     """
     _check_batch(config)
     _check_trainable(config)
+    _check_drop(config)
     if config.model.path is None:
         _check_architecture(config)
 
@@ -31,6 +32,14 @@ def _check_batch(config: Config) -> None:
         raise ValueError(
             f"mesh.data={mesh.data} times mesh.fsdp={mesh.fsdp} does not divide the {rows} rows of a microbatch "
             f"(train.batch_size={train.batch_size}, train.microbatches={train.microbatches})"
+        )
+
+
+def _check_drop(config: Config) -> None:
+    if config.model.drop.keep < 1 and config.model.path is None and config.experiment.base is None:
+        raise ValueError(
+            f"model.drop.keep={config.model.drop.keep:g} takes layers out of a parent, and there is none; "
+            "allowed: model.path, or 1"
         )
 
 

@@ -104,7 +104,7 @@ class RoutingConfig(Section):
         description="dense: no routers; dllm: entropy_weight 0; mod: Mixture-of-Depths; random: no learning",
     )
     preset: Literal["qtale_plus"] | None = Field(
-        default=None, description="qtale_plus: our recipe, over all sections; keys that are given win over it"
+        default=None, description="qtale_plus: a recipe under study, over all sections; keys that are given win"
     )
     always_on_layers: int = Field(default=2, ge=0, description="first layers without a router")
     always_on_tokens: int = Field(default=2, ge=0, description="first tokens of a sequence that execute every layer")

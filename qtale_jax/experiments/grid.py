@@ -129,7 +129,7 @@ def _quantizer(quantizer: QuantizeConfig, model: Path, target: Path) -> dict[str
 
 def _evaluation(config: Config, method: str, model: Path, label: str, **settings: Any) -> Step:
     output = Path(config.output).parent / "evaluation" / f"{label}.json"
-    settings |= {"model": str(model), "output": str(output), "name": method}
+    settings = {"threshold": None, **settings, "model": str(model), "output": str(output), "name": method}
     return _step(config, "evaluate", output, {"evaluate": settings})
 
 

@@ -45,7 +45,7 @@ def adapt(
     """Adds routers and adapters; what the model already has is kept (routers of an earlier fine-tune continue).
 
     Args:
-        spec: a model in floating point.
+        spec: a model; a quantized one keeps its weights and can only get routers.
         params: its parameters, one tree per layer.
         routing: routing to use; None: the model stays as it is, routed or not.
         lora: adapters to add; None: none.
@@ -55,10 +55,10 @@ def adapt(
         The new specification and parameters.
 
     Raises:
-        InputError: the model is quantized, or it is routed with other always-on layers or router width.
+        InputError: adapters for a quantized model, or one that is routed with other always-on layers or router width.
     """
-    if spec.quantization is not None:
-        raise InputError("a quantized model cannot be fine-tuned: start from the model it was made of")
+    if spec.quantization is not None and lora is not None:
+        raise InputError("a quantized model takes no adapters, which could not be merged into it")
     if routing is not None and spec.routing is not None:
         for name in ("always_on_layers", "router_hidden"):
             found, asked = getattr(spec.routing, name), getattr(routing, name)

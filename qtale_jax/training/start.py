@@ -22,7 +22,7 @@ from qtale_jax.models.specification import (
     RopeScaling,
     RoutingSpecification,
 )
-from qtale_jax.models.stacking import stack_layers, stacks
+from qtale_jax.models.stacking import can_stack, stack_layers, stacks
 from qtale_jax.parallel.mesh import replicated, shardings
 from qtale_jax.training.aim import routed_share
 from qtale_jax.training.dropping import drop_layers, layers_to_keep
@@ -100,6 +100,7 @@ def starting_model(
         inherited = loaded.provenance
         if tokenizer is None:
             raise InputError(f"model.path={config.model.path}: the model directory has no tokenizer")
+        _check_quantized(config, spec)
         if config.model.drop.keep < 1:
             spec, params = drop_layers(spec, params, layers_to_keep(config, spec, params, tokenizer))
     else:
@@ -118,6 +119,24 @@ def starting_model(
     routing = routing_from(config, spec.architecture.num_layers)
     spec, params = adapt(spec, params, routing, lora, jax.random.fold_in(key, 1))
     return spec, params, tokenizer, inherited
+
+
+def _check_quantized(config: Config, spec: ModelSpecification) -> None:
+    """Of a quantized model only the routers can train, over weights that stay as they are stored."""
+    if spec.quantization is None:
+        return
+    found = f"model.path={config.model.path} is quantized"
+    if config.train.parameters != "routers":
+        raise InputError(
+            f"{found}, so only its routers can be trained; allowed: train.parameters=routers, "
+            "or the model that it was made of"
+        )
+    if config.train.quantization_aware.formats:
+        raise InputError(f"{found} already; allowed: train.quantization_aware.formats=[]")
+    if any(name.endswith("/router") for name in spec.quantization.formats):
+        raise InputError(f"{found}, its routers too, so they cannot be trained; allowed: quantize.router_bits=16")
+    if not can_stack(spec):
+        raise InputError(f"{found} in different formats from layer to layer, which training cannot stack")
 
 
 def prepare(config: Config, mesh: Mesh, key: jax.Array) -> Start:

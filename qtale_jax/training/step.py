@@ -102,7 +102,7 @@ class TrainStep:
             parts = {}
             if config.routing.method == "mod":
                 parts["choice_loss"] = mean(jnp.mean(objective.choice_loss(gaps, execute), axis=-1))
-                loss += config.routing.rate_weight * parts["choice_loss"]
+                loss += aim.rate_weight * parts["choice_loss"]
             elif config.routing.method != "random":
                 parts["rate_loss"] = objective.rate_loss(
                     share, counted, totals["counted"], aim.target, config.routing.rate_loss

@@ -59,6 +59,7 @@ def test_defaults_file_and_command_line_in_this_order(load):
         ("train: {quantization_aware: {bits: 2}}", "train.quantization_aware.bits: unknown key; allowed: formats,"),
         ("train: {quantization_aware: {formats: [{bits: 5}]}}", "formats.0.bits: found 5; allowed: 2|3|4|8"),
         ("model: {drop: {keep: 2}}", "model.drop.keep: found 2; allowed: number >= 0, <= 1"),
+        ("model: {drop: {keep: 0.5}}", "model.drop.keep=0.5 takes layers out of a parent, and there is none"),
         ("model: {drop: {kep: 1}}", "model.drop.kep: unknown key (did you mean 'keep'?)"),
         ("data: {suite: studdy}", "data.suite: found 'studdy'; allowed: basic|study (did you mean 'study'?)"),
         ("evaluate: {threshold: 1.1}", "evaluate.threshold: found 1.1; allowed: number >= 0, <= 1"),

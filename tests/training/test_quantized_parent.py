@@ -1,0 +1,89 @@
+"""Only routers train over quantized weights, which stay as they are stored."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from qtale_jax.artifact import load_model
+from qtale_jax.config.schema import Config
+from qtale_jax.errors import InputError
+from qtale_jax.quantize import run_stage as quantize
+from qtale_jax.training.loop import train
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def configured(make_config, tmp_path_factory):
+    """Configurations of one folder: a routed parent is trained there for a step."""
+    root = tmp_path_factory.mktemp("quantized")
+
+    def of(output: str, **sections) -> Config:
+        return make_config(lora=None, **sections).model_copy(update={"output": str(root / output)})
+
+    train(of("parent", train={"steps": 1}), quiet=True)
+    return of
+
+
+@pytest.fixture(scope="module")
+def quantized(configured):
+    """Quantizes the parent once per setting."""
+    done: dict[str, Path] = {}
+
+    def of(**settings) -> Path:
+        name = json.dumps(settings)
+        if name not in done:
+            config = configured("parent", quantize=settings)
+            done[name] = Path(config.output).with_name(f"quantized{len(done)}")
+            given = config.quantize.model_copy(update={"output": str(done[name])})
+            quantize(config.model_copy(update={"quantize": given}), quiet=True)
+        return done[name]
+
+    return of
+
+
+@pytest.mark.parametrize("storage", [{"bits": 4}, {"bits": 2, "group_size": 8}, {"bits": 8, "symmetric": True}])
+def test_routers_train_and_nothing_else_changes(configured, quantized, storage):
+    path = quantized(**storage)
+    routing = {"rate_weight": 5.0, "rate_schedule": "constant", "target": 0.4}
+    sections = {"model": {"path": str(path)}, "train": {"parameters": "routers", "steps": 4}, "routing": routing}
+    before, after = load_model(path), load_model(train(configured(f"again-{path.name}", **sections), quiet=True))
+    assert after.spec.quantization == before.spec.quantization
+    assert after.spec.routing is not None and after.spec.routing.thresholds == {}
+    changed = []
+    for (where, old), (_, new) in zip(
+        jax.tree_util.tree_leaves_with_path(before.params),
+        jax.tree_util.tree_leaves_with_path(after.params),
+        strict=True,
+    ):
+        assert old.dtype == new.dtype
+        if not np.array_equal(old, new):
+            changed.append(jax.tree_util.keystr(where))
+    assert changed and all("router" in where for where in changed)
+
+
+@pytest.mark.parametrize(
+    ("storage", "sections", "message"),
+    [
+        ({"bits": 4}, {"train": {"parameters": "all"}}, r"only its routers.*train\.parameters=routers"),
+        (
+            {"bits": 4},
+            {"train": {"parameters": "routers", "quantization_aware": {"formats": [{"bits": 4}]}}},
+            r"already; allowed: train\.quantization_aware\.formats=\[\]",
+        ),
+        ({"bits": 4, "router_bits": 8}, {"train": {"parameters": "routers"}}, r"quantize\.router_bits=16"),
+        (
+            {"bits": 4, "rules": [{"match": "2/*", "bits": 8}]},
+            {"train": {"parameters": "routers"}},
+            "different formats from layer to layer",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(configured, quantized, storage, sections, message):
+    config = configured("refused", model={"path": str(quantized(**storage))}, **sections)
+    with pytest.raises(InputError, match=message):
+        train(config, quiet=True)
+    assert not Path(config.output).exists()
