@@ -30,7 +30,7 @@ class Scales(NamedTuple):
         rtn_error: the same with plain rounding.
     """
 
-    scales: Float[Array, "i"]
+    scales: Float[Array, " i"]
     ratio: Float[Array, ""]
     error: Float[Array, ""]
     rtn_error: Float[Array, ""]
@@ -40,7 +40,7 @@ def search_scales(
     kernels: Sequence[Float[Array, "i _"]],
     formats: Sequence[TensorFormat],
     hessian: Float[Array, "i i"],
-    magnitude: Float[Array, "i"],
+    magnitude: Float[Array, " i"],
     *,
     grid: int = 20,
 ) -> Scales:
@@ -82,14 +82,14 @@ def _search_scales(
     return Scales(_scales(magnitude, ratio), ratio, relative(losses[best], size), relative(losses[0], size))
 
 
-def _normalized(magnitude: Float[Array, "i"]) -> Float[Array, "i"]:
+def _normalized(magnitude: Float[Array, " i"]) -> Float[Array, " i"]:
     """Magnitudes between `SMALLEST_MAGNITUDE` and 1; all 1 where nothing fires."""
     largest = jnp.max(magnitude)
     usable = (largest >= float(jnp.finfo(jnp.float32).tiny)) & jnp.isfinite(largest)
     return jnp.clip(jnp.where(usable, magnitude / jnp.where(usable, largest, 1.0), 1.0), SMALLEST_MAGNITUDE, 1.0)
 
 
-def _scales(magnitude: Float[Array, "i"], ratio: Float[Array, ""]) -> Float[Array, "i"]:
+def _scales(magnitude: Float[Array, " i"], ratio: Float[Array, ""]) -> Float[Array, " i"]:
     scales = jnp.where(ratio == 0, 1.0, magnitude**ratio)
     return scales / jnp.sqrt(jnp.max(scales) * jnp.min(scales))
 

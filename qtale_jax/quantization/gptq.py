@@ -137,7 +137,7 @@ def _block_size(inputs: int, format: TensorFormat, fit_on_the_way: bool) -> int:
 def _eliminate(
     weight: Float[Array, "i o"],
     factor: Float[Array, "i i"],
-    order: Int[Array, "i"],
+    order: Int[Array, " i"],
     grid: Grid,
     format: TensorFormat,
     shrink: Float[Array, "g o"] | None,
@@ -186,7 +186,7 @@ def _fit_group(
 
 
 def _round_rows(
-    rows: Float[Array, "b o"], factor: Float[Array, "b b"], group_of: Int[Array, "b"], grid: Grid, format: TensorFormat
+    rows: Float[Array, "b o"], factor: Float[Array, "b b"], group_of: Int[Array, " b"], grid: Grid, format: TensorFormat
 ) -> tuple[Float[Array, "b o"], Float[Array, "b o"]]:
     """Integers of the rows of a block, and the errors e that the rows after the block make up for."""
 

@@ -85,10 +85,10 @@ def _largest_eigenvalue(hessian: Float[Array, "i i"]) -> Float[Array, ""]:
     # Squares of the entries have to fit into float32.
     unit = hessian / jnp.where(scale == 0, 1.0, scale)
 
-    def multiply(vector: Float[Array, "i"]) -> Float[Array, "i"]:
+    def multiply(vector: Float[Array, " i"]) -> Float[Array, " i"]:
         return jnp.matmul(unit, vector, precision="highest")
 
-    def step(_: Array, vector: Float[Array, "i"]) -> Float[Array, "i"]:
+    def step(_: Array, vector: Float[Array, " i"]) -> Float[Array, " i"]:
         vector = multiply(vector)
         return vector / jnp.maximum(jnp.linalg.norm(vector), float(jnp.finfo(jnp.float32).tiny))
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def channel_errors(difference: Float[Array, "i o"], hessian: Float[Array, "i i"]) -> Float[Array, "o"]:
+def channel_errors(difference: Float[Array, "i o"], hessian: Float[Array, "i i"]) -> Float[Array, " o"]:
     """d^T H d for every output channel, float32, at least 0: sums to tr(D^T H D)."""
     difference = difference.astype(jnp.float32)
     pushed = jnp.matmul(hessian.astype(jnp.float32), difference, precision="highest")

@@ -1,6 +1,7 @@
 """Tables of the report, built from summaries."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from qtale_jax.reporting.aggregate import (
     Estimate,

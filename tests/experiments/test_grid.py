@@ -103,3 +103,19 @@ def test_workers_read_the_jobs_that_were_written(config, tmp_path):
 def test_nothing_to_start_from_is_refused(config):
     with pytest.raises(InputError, match="nothing to start from"):
         plan(config.model_copy(update={"experiment": config.experiment.model_copy(update={"base": None})}))
+
+
+def test_held_out_tasks_are_asked_after_everything_else(config):
+    changed = with_overrides(config, {"experiment": {"held_out_tasks": ["rank", "sum"]}})
+    plain, jobs = plan(config), plan(changed)
+    assert [job.name for job in jobs[: len(plain)]] == [job.name for job in plain]
+    looks = jobs[len(plain) :]
+    measured = tuple(job.name for job in plain if job.name.startswith("measure"))
+    assert [job.name for job in looks] == [f"ask {name.removeprefix('measure ')} once more" for name in measured]
+    assert all(job.needs == measured for job in looks)
+    asked = [step for job in looks for step in job.steps]
+    before = [step for job in plain for step in job.steps if step.stage == "evaluate"]
+    assert [step.config.evaluate.model for step in asked] == [step.config.evaluate.model for step in before]
+    assert {step.config.evaluate.tasks for step in asked} == {("rank", "sum")}
+    assert {step.config.data.tasks for step in asked} == {()}  # training and calibration are as they were
+    assert {step.output.parent.name for step in asked} == {"held_out"}
