@@ -13,7 +13,7 @@ import yaml
 from qtale_jax.data import reasoning
 from qtale_jax.reporting.results import RESULT_KEYS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.first]
 
 
 def test_an_experiment_runs_once_and_then_only_reports(tmp_path, run_module):

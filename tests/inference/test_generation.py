@@ -58,7 +58,7 @@ def greedy(model, prompt: list[int], new: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-@pytest.fixture(params=["dense", "routed", "without_eviction", "hashed"])
+@pytest.fixture(params=["dense", "routed", "without_eviction"])
 def model(request):
     return request.getfixturevalue(request.param)
 

@@ -212,8 +212,8 @@ def test_routing_that_leaves_no_layer_is_refused(make_spec):
         adapt(spec, initialize(spec, jax.random.key(0)), routing, None, jax.random.key(1))
 
 
-def test_quantized_model_is_not_adapted(make_spec):
+def test_quantized_model_takes_no_adapters(make_spec):
     formats = {"0/query": TensorFormat(bits=4)}
     spec = make_spec().model_copy(update={"quantization": QuantizationSpecification(method="rtn", formats=formats)})
     with pytest.raises(InputError, match="quantized"):
-        adapt(spec, {}, ROUTING, None, jax.random.key(1))
+        adapt(spec, {}, ROUTING, LoraSpecification(rank=2), jax.random.key(1))

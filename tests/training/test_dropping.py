@@ -160,7 +160,9 @@ def config(tmp_path, **drop) -> Config:
     rows = [{"query": f"sum {i} 1 =", "choices": [str(i + 1), str(i)], "gold": 0} for i in range(20)]
     path.write_text("\n".join(map(json.dumps, rows)))
     data = {"kind": "multiple_choice", "path": str(path), "length": 12, "held_out": 0.4, "loss_on": "all"}
-    return Config.model_validate({"data": data, "model": {"drop": drop}, "routing": {"method": "dense"}})
+    return Config.model_validate(
+        {"data": data, "model": {"path": "parent", "drop": drop}, "routing": {"method": "dense"}}
+    )
 
 
 @pytest.mark.slow

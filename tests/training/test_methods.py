@@ -15,10 +15,10 @@ from qtale_jax.training.loop import train
 
 pytestmark = pytest.mark.slow
 
-MIXED = {"formats": [{"bits": 4}, {"bits": 3}, {"bits": 2, "group_size": 8}], "every": 2}
+MIXED = {"formats": [{"bits": 4}, {"bits": 2, "group_size": 8}], "every": 2}
 RECIPE = {"target_range": [0.4, 1.0], "rate_loss": "batch", "entropy_schedule": "anneal", "noise_schedule": "anneal"}
 METHODS = {
-    "mod": {"routing": {"method": "mod"}},
+    "mod": {"routing": {"method": "mod", "rate_schedule": "constant"}},
     "random": {"routing": {"method": "random"}},
     "qtale": {"routing": RECIPE, "train": {"quantization_aware": MIXED, "distillation": {"weight": 1.0}}},
     "noise": {"train": {"quantization_aware": MIXED | {"form": "noise"}}},

@@ -45,9 +45,8 @@ def quantized(configured):
     return of
 
 
-@pytest.mark.parametrize("storage", [{"bits": 4}, {"bits": 2, "group_size": 8}, {"bits": 8, "symmetric": True}])
-def test_routers_train_and_nothing_else_changes(configured, quantized, storage):
-    path = quantized(**storage)
+def test_routers_train_and_nothing_else_changes(configured, quantized):
+    path = quantized(bits=2, group_size=8)
     routing = {"rate_weight": 5.0, "rate_schedule": "constant", "target": 0.4}
     sections = {"model": {"path": str(path)}, "train": {"parameters": "routers", "steps": 4}, "routing": routing}
     before, after = load_model(path), load_model(train(configured(f"again-{path.name}", **sections), quiet=True))

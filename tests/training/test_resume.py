@@ -10,7 +10,7 @@ import pytest
 from qtale_jax.artifact import load_model
 from qtale_jax.artifact.arrays import flatten
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.first]
 
 STEPS = 40
 TRAIN = {"steps": STEPS, "checkpoint_every": 2, "evaluate_every": 7, "parameters": "adapters"}
