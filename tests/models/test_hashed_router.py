@@ -13,6 +13,8 @@ from qtale_jax.models.policy import Dense, Thresholded, probability
 from qtale_jax.models.router import hashed_logits
 from qtale_jax.models.stacking import stack_layers
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, LENGTH, LAYERS = 128, 64, 12
 COUNT = VOCABULARY * LENGTH
 

@@ -19,6 +19,8 @@ from qtale_jax.models.policy import Dense, Fixed
 from qtale_jax.models.specification import Architecture, ModelSpecification, RoutingSpecification
 from qtale_jax.training.dropping import block_influence, drop_layers, even_layers, layers_to_keep, most_influential
 
+pytestmark = pytest.mark.slow
+
 LAYERS = 5
 run = jax.jit(forward, static_argnums=0)
 

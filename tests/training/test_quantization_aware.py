@@ -12,6 +12,8 @@ from qtale_jax.quantization.rounding import fake_quantize, fit_grid, grouped
 from qtale_jax.training.optimizer import flatten, nest
 from qtale_jax.training.quantization_aware import disturb, formats_of, quantizer_transform
 
+pytestmark = pytest.mark.slow
+
 FORMATS = ({"bits": 4}, {"bits": 3, "symmetric": True}, {"bits": 2, "group_size": 8})
 KEY = jax.random.key(2)
 
