@@ -135,3 +135,16 @@ def test_routing_statistics(rng):
     for quantile in (10, 50, 90):
         expected = np.quantile(np.abs(gaps[mask]), quantile / 100)
         np.testing.assert_allclose(found[f"logit_gap_q{quantile}"], expected, rtol=1e-4)
+
+
+def test_squared_rate_loss_is_a_price_per_layer_and_adds_up_over_equal_microbatches():
+    share = jnp.asarray([[0.9, 0.5], [0.7, 0.7]], jnp.float32)
+    ones, total = jnp.ones((2, 2), jnp.float32), jnp.float32(4)
+
+    def loss(share, counted=ones):
+        return objective.rate_loss(share, counted, total, 0.5, "squared")
+
+    assert float(loss(share)) == pytest.approx(0.2**2)
+    np.testing.assert_allclose(jax.grad(loss)(share), np.full((2, 2), 2 * 0.2 / 4), rtol=1e-6)
+    parts = [float(loss(share[row : row + 1], ones[:1])) for row in (0, 1)]
+    assert sum(parts) == pytest.approx(0.2**2)  # both rows are 0.2 off on average
