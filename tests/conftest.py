@@ -14,14 +14,24 @@ from pathlib import Path
 import pytest
 
 DEVICES_FLAG = "--xla_force_host_platform_device_count"
+# Most of the tests' time goes to compiling programs that run once; without the optimizer that takes a quarter of it. The
+# programs mean the same. Tests that are about the last bit ask for the fixture `optimized`, and processes started with
+# `process_environment` compile as they do for users. XLA_FLAGS=--xla_backend_optimization_level=3 turns it on for all.
+_OPTIMIZER_FLAGS = {"--xla_backend_optimization_level": "0", "--xla_cpu_use_fusion_emitters": "false"}
+OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 
 def _prepare_environment() -> str | None:
     """Sets what JAX reads when it starts; returns the compilation cache if this process is to remove it."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    if DEVICES_FLAG not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES_FLAG}=8".strip()
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    names = {flag.partition("=")[0] for flag in flags}
+    if not names & set(_OPTIMIZER_FLAGS):
+        flags += [f"{name}={value}" for name, value in _OPTIMIZER_FLAGS.items()]
+    if DEVICES_FLAG not in names:
+        flags.append(f"{DEVICES_FLAG}=8")
+    os.environ["XLA_FLAGS"] = " ".join(flags)
     # XLA's thread pool has one thread per device by default. Steps that are dispatched before their predecessor is done
     # then take the threads that the predecessor's collectives wait for, and the process hangs.
     os.environ.setdefault("NPROC", "32")
@@ -73,26 +83,42 @@ def shared_data() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def optimized() -> dict[str, int | bool]:
+    """`compiler_options` of a `jax.jit` that compiles as outside the tests, for what depends on it to the last bit."""
+    return OPTIMIZED
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     """A generator that gives every test the same numbers."""
     return np.random.default_rng(20240607)
 
 
+@pytest.fixture(scope="session")
+def process_environment() -> Callable[..., dict[str, str]]:
+    """The environment of a process as users start it: optimized programs, `devices` CPU devices, this package."""
+    own = (DEVICES_FLAG, *(f"{name}={value}" for name, value in _OPTIMIZER_FLAGS.items()))
+
+    def environment(devices: int = 1) -> dict[str, str]:
+        flags = [flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(own)]
+        return os.environ | {
+            "XLA_FLAGS": " ".join([*flags, f"{DEVICES_FLAG}={devices}"]),
+            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        }
+
+    return environment
+
+
 @pytest.fixture
-def run_module(tmp_path: Path) -> RunModule:
+def run_module(tmp_path: Path, process_environment) -> RunModule:
     """Runs `python -m MODULE ARGUMENTS...` as a user would: a process of its own, in the test's empty folder.
 
     `devices` is the number of CPU devices it sees; other keywords go to `subprocess.run`.
     """
 
     def run(module: str, *arguments: str | Path, devices: int = 1, **settings) -> subprocess.CompletedProcess[str]:
-        flags = [flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(DEVICES_FLAG)]
-        environment = os.environ | {
-            "XLA_FLAGS": " ".join([*flags, f"{DEVICES_FLAG}={devices}"]),
-            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        }
-        defaults = {"cwd": tmp_path, "env": environment, "timeout": 600}
+        defaults = {"cwd": tmp_path, "env": process_environment(devices), "timeout": 600}
         command = [sys.executable, "-m", module, *map(str, arguments)]
         return subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, **(defaults | settings)

@@ -21,6 +21,12 @@ def run() -> Callable[..., Output]:
 
 
 @pytest.fixture(scope="session")
+def run_optimized(optimized) -> Callable[..., Output]:
+    """The forward pass, compiled with the optimizer: it may round equal programs differently."""
+    return jax.jit(forward, static_argnames=("spec", "compute_dtype", "remat"), compiler_options=optimized)
+
+
+@pytest.fixture(scope="session")
 def make_spec() -> Callable[..., ModelSpecification]:
     """Builds a specification; keywords are fields of the architecture, `routing` and `lora` their fields or None."""
 

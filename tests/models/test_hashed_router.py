@@ -90,13 +90,13 @@ def test_there_is_nothing_to_learn_store_or_pay_for(model, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
 
 
-def test_theta_zero_is_the_dense_model_bit_for_bit(model, run, tokens):
+def test_theta_zero_is_the_dense_model_bit_for_bit(model, run_optimized, tokens):
     spec, params = model
-    dense = run(spec.model_copy(update={"routing": None}), params, tokens)
-    zero = run(spec, params, tokens, policy=at(spec, 0.0))
+    dense = run_optimized(spec.model_copy(update={"routing": None}), params, tokens)
+    zero = run_optimized(spec, params, tokens, policy=at(spec, 0.0))
     assert zero.routing.execute.all()
     np.testing.assert_array_equal(zero.logits, dense.logits)
-    np.testing.assert_array_equal(run(spec, params, tokens, policy=Dense()).logits, dense.logits)
+    np.testing.assert_array_equal(run_optimized(spec, params, tokens, policy=Dense()).logits, dense.logits)
 
 
 def test_both_layouts_decide_by_the_same_layer(model, run, tokens):

@@ -33,7 +33,7 @@ def layout(request, routed):
 
 
 @pytest.mark.parametrize("theta", [0.0, -1.0])
-def test_no_threshold_equals_the_dense_base_bit_for_bit(layout, routed, run, tokens, theta):
+def test_no_threshold_equals_the_dense_base_bit_for_bit(layout, routed, run_optimized, tokens, theta):
     spec, params = layout
     base = spec.model_copy(update={"routing": None})
     bare = {
@@ -41,17 +41,17 @@ def test_no_threshold_equals_the_dense_base_bit_for_bit(layout, routed, run, tok
         "layers": {i: {k: v for k, v in p.items() if k != "router"} for i, p in routed[1]["layers"].items()},
     }
     bare = bare if params is routed[1] else stack_layers(base, bare)
-    found = run(spec, params, tokens, policy=thresholds(spec, theta))
+    found = run_optimized(spec, params, tokens, policy=thresholds(spec, theta))
     assert found.routing.execute.all()
-    np.testing.assert_array_equal(found.logits, run(base, bare, tokens).logits)
-    np.testing.assert_array_equal(found.logits, run(spec, params, tokens, policy=Dense()).logits)
+    np.testing.assert_array_equal(found.logits, run_optimized(base, bare, tokens).logits)
+    np.testing.assert_array_equal(found.logits, run_optimized(spec, params, tokens, policy=Dense()).logits)
 
 
-def test_zero_threshold_equals_the_dense_base_in_bfloat16_too(make_spec, make_params, run, tokens):
+def test_zero_threshold_equals_the_dense_base_in_bfloat16_too(make_spec, make_params, run_optimized, tokens):
     spec = make_spec(routing={"always_on_layers": 1}, dtype="bfloat16")
     params = make_params(spec)
-    found = run(spec, params, tokens, policy=thresholds(spec, 0.0), compute_dtype=jnp.bfloat16)
-    np.testing.assert_array_equal(found.logits, run(spec, params, tokens, compute_dtype=jnp.bfloat16).logits)
+    found = run_optimized(spec, params, tokens, policy=thresholds(spec, 0.0), compute_dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(found.logits, run_optimized(spec, params, tokens, compute_dtype=jnp.bfloat16).logits)
 
 
 def test_tie_executes():

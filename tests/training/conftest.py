@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -141,23 +140,25 @@ def run_folder(tmp_path, settings) -> Callable[..., Path]:
     return write
 
 
-def training_command(*arguments: str | Path) -> tuple[list[str], dict[str, str]]:
-    """The command line of a training process and its environment: one device."""
-    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    environment = os.environ | {"XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    return [sys.executable, "-m", "qtale_jax.train", *map(str, arguments)], environment
+def training_command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "qtale_jax.train", *map(str, arguments)]
 
 
 @pytest.fixture(scope="session")
-def run_once() -> Callable[[Path, dict[str, Any]], None]:
+def run_once(process_environment) -> Callable[[Path, dict[str, Any]], None]:
     """Trains in a process from `folder`/config.yaml, which is written with the given settings."""
 
     def run(folder: Path, settings: dict[str, Any]) -> None:
         file = folder / "config.yaml"
         file.write_text(yaml.safe_dump(settings))
-        command, environment = training_command(file)
         done = subprocess.run(
-            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+            training_command(file),
+            cwd=folder,
+            env=process_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
 
@@ -165,16 +166,15 @@ def run_once() -> Callable[[Path, dict[str, Any]], None]:
 
 
 @pytest.fixture
-def training_process(tmp_path) -> Callable[..., Any]:
+def training_process(tmp_path, process_environment) -> Callable[..., Any]:
     """Starts `python -m qtale_jax.train CONFIG ...`; a context with the process, its log on stderr."""
 
     @contextmanager
     def start(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
-        command, environment = training_command(*arguments)
         process = subprocess.Popen(
-            command,
+            training_command(*arguments),
             cwd=tmp_path,
-            env=environment,
+            env=process_environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
