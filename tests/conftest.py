@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 DEVICES_FLAG = "--xla_force_host_platform_device_count"
-# Most of the tests' time goes to compiling programs that run once; without the optimizer that takes a quarter of it. The
-# programs mean the same. Tests that are about the last bit ask for the fixture `optimized`, and processes started with
-# `process_environment` compile as they do for users. XLA_FLAGS=--xla_backend_optimization_level=3 turns it on for all.
+# Most of the tests' time goes to compiling programs that run once; without the optimizer that takes a quarter of it.
+# The programs mean the same. Tests that are about the last bit ask for the fixture `optimized`, and processes started
+# with `process_environment` compile as for users. XLA_FLAGS=--xla_backend_optimization_level=3 turns it on for all.
 _OPTIMIZER_FLAGS = {"--xla_backend_optimization_level": "0", "--xla_cpu_use_fusion_emitters": "false"}
 OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
