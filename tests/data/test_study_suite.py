@@ -13,7 +13,7 @@ from qtale_jax.errors import InputError
 
 STUDY = reasoning.SUITES["study"]
 HELD_OUT = ("median", "rotate", "spread")
-OPEN = ("rank", "boolean", "count", "sort", "keep", "without", "sum", "nearest", "recall", "reverse")
+OPEN = ("rank", "boolean", "sort", "keep", "without", "sum", "nearest", "reverse")
 SMALL_SIZES = {"train": 256, "calibration": 32, "validation": 32, "test": 64}
 
 
@@ -53,11 +53,6 @@ def answer_boolean(query: str) -> str:
     return "yes" if eval(expression) else "no"
 
 
-def answer_count(query: str) -> str:
-    (_, low, high), numbers = sides(query)
-    return str(np.count_nonzero((numbers > int(low)) & (numbers < int(high))))
-
-
 def answer_keep(query: str) -> str:
     (direction, threshold), numbers = sides(query)
     offsets = numbers - int(threshold)
@@ -78,11 +73,6 @@ def answer_nearest(query: str) -> str:
     return str(numbers[distances.argmin()])
 
 
-def answer_recall(query: str) -> str:
-    words, (asked,) = sides(query)
-    return words[words.index(str(asked)) + 1]
-
-
 def answer_rotate(query: str) -> str:
     (shift,), numbers = sides(query)
     return text_of(np.roll(numbers, -int(shift)))
@@ -91,13 +81,11 @@ def answer_rotate(query: str) -> str:
 ANSWERS = {
     "rank": answer_rank,
     "boolean": answer_boolean,
-    "count": answer_count,
     "sort": lambda query: text_of(np.sort(plain(query))),
     "keep": answer_keep,
     "without": answer_without,
     "sum": lambda query: str(plain(query).sum()),
     "nearest": answer_nearest,
-    "recall": answer_recall,
     "reverse": lambda query: text_of(np.flip(plain(query))),
     "median": lambda query: str(int(np.median(plain(query)))),
     "rotate": answer_rotate,
@@ -159,7 +147,7 @@ def test_wrong_selections_differ_in_one_member_or_one_exchange(task: str, exampl
         assert all(len(set(choice.split()) - set(gold)) <= 1 for choice in example["choices"])
 
 
-@pytest.mark.parametrize("task", ["count", "sum", "spread"])
+@pytest.mark.parametrize("task", ["sum", "spread"])
 def test_wrong_numbers_are_off_by_at_most_three(task: str, examples) -> None:
     for example in examples[task]:
         values = sorted(map(int, example["choices"]))
@@ -206,12 +194,12 @@ def test_the_tokenizer_is_that_of_the_suite() -> None:
 
 def test_generator_is_stable_across_versions() -> None:
     # Published numbers refer to these examples: a change here needs a new version of the data set.
-    assert reasoning.generate("recall", 1, seed=0, suite="study") == [
+    assert reasoning.generate("rank", 1, seed=0, suite="study") == [
         {
-            "task": "recall",
-            "query": "recall 49 46 50 30 9 11 12 53 51 : 11 =",
-            "choices": ["51", "49", "53", "12"],
-            "gold": 3,
+            "task": "rank",
+            "query": "second largest 16 36 27 8 44 23 53 4 58 =",
+            "choices": ["58", "36", "53", "44"],
+            "gold": 2,
         }
     ]
 
@@ -224,7 +212,7 @@ def test_tasks_of_one_suite_are_unknown_to_the_other() -> None:
 def test_splits_are_disjoint_balanced_and_without_repetition() -> None:
     splits = reasoning.generate_splits(SMALL_SIZES, seed=0, suite="study")
     queries = [example["query"] for split in splits.values() for example in split]
-    assert len(queries) == len(set(queries)) == 13 * sum(SMALL_SIZES.values())
+    assert len(queries) == len(set(queries)) == 11 * sum(SMALL_SIZES.values())
     for split, members in splits.items():
         assert all(reasoning.split_of(example["query"]) == split for example in members)
         assert [example["task"] for example in members] == list(STUDY.tasks) * SMALL_SIZES[split]
@@ -257,7 +245,7 @@ def test_held_out_tasks_are_trained_but_not_looked_at(study) -> None:
     for split in ("calibration", "validation", "test"):
         found = study(split)
         assert {record.task for record in found} == set(OPEN)
-        assert len(found) == 10 * SMALL_SIZES[split]
+        assert len(found) == 8 * SMALL_SIZES[split]
 
 
 def test_held_out_tasks_are_there_for_who_names_them(study) -> None:
@@ -267,7 +255,7 @@ def test_held_out_tasks_are_there_for_who_names_them(study) -> None:
 
 
 def test_fewer_training_examples_are_balanced(study) -> None:
-    assert [record.task for record in study("train", max_examples=26)] == list(STUDY.tasks) * 2
+    assert [record.task for record in study("train", max_examples=22)] == list(STUDY.tasks) * 2
 
 
 def test_a_task_of_the_other_suite_is_refused(study, tmp_path) -> None:

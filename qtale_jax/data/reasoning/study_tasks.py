@@ -1,4 +1,4 @@
-"""The study suite: ten harder tasks over more numbers and longer questions, and three that are held out of evaluation.
+"""The study suite: eight harder tasks over more numbers and longer questions, and three held out of evaluation.
 
 Made for comparing ways to compress: wrong choices are near misses, every answer hangs on several steps, and there are
 twice as many numbers as in the basic suite, so that a base of a few million parameters is not at its ceiling and 3-bit
@@ -40,8 +40,8 @@ WORDS: tuple[str, ...] = (
     *_ORDINALS,
     *_BOOLEANS,
     *_OPERATORS,
-    *("not", "no", "yes", "largest", "smallest", "count", "between", "keep", "above", "below", "without", "sum"),
-    *("nearest", "sort", "recall", "reverse", "median", "rotate", "spread", ":", "="),
+    *("not", "no", "yes", "largest", "smallest", "keep", "above", "below", "without", "sum"),
+    *("nearest", "sort", "reverse", "median", "rotate", "spread", ":", "="),
 )
 
 
@@ -83,15 +83,6 @@ def boolean(rng: np.random.Generator) -> Example:
     return with_choices(rng, "boolean", f"{' '.join(words)} =", right, [wrong])
 
 
-def count(rng: np.random.Generator) -> Example:
-    """Asks how many of ten numbers lie strictly between two others."""
-    values = _distinct(rng, 10)
-    low = int(rng.integers(4, 28))
-    high = low + int(rng.integers(12, 33))
-    right = sum(low < value < high for value in values)
-    return among_neighbours(rng, "count", f"count between {low} {high} : {as_text(values)} =", right, len(values))
-
-
 def sort(rng: np.random.Generator) -> Example:
     """Asks for seven numbers in rising order; wrong choices exchange the neighbours that are closest in value."""
     values = _distinct(rng, 7)
@@ -127,15 +118,6 @@ def nearest(rng: np.random.Generator) -> Example:
     return with_choices(rng, "nearest", f"nearest {target} : {as_text(values)} =", str(ordered[0]), wrong)
 
 
-def recall(rng: np.random.Generator) -> Example:
-    """Asks for the number that follows a given one among nine; wrong choices stand elsewhere in the list."""
-    values = _distinct(rng, 9)
-    at = int(rng.integers(8))
-    others = [values[i] for i in rng.permutation(9).tolist() if i not in (at, at + 1)]
-    query = f"recall {as_text(values)} : {values[at]} ="
-    return with_choices(rng, "recall", query, str(values[at + 1]), [str(value) for value in others[:3]])
-
-
 def reverse(rng: np.random.Generator) -> Example:
     """Asks for eight numbers from the last to the first; wrong choices exchange two neighbours."""
     values = _distinct(rng, 8)
@@ -168,13 +150,11 @@ def spread(rng: np.random.Generator) -> Example:
 TASKS = {
     "rank": rank,
     "boolean": boolean,
-    "count": count,
     "sort": sort,
     "keep": keep,
     "without": without,
     "sum": total,
     "nearest": nearest,
-    "recall": recall,
     "reverse": reverse,
     "median": median,
     "rotate": rotate,
