@@ -105,7 +105,7 @@ def data_dir(tmp_path_factory) -> str:
     return directory
 
 
-def test_three_of_thirteen_tasks_are_held_out() -> None:
+def test_three_of_eleven_tasks_are_held_out() -> None:
     assert tuple(STUDY.tasks) == OPEN + HELD_OUT
     assert STUDY.held_out == HELD_OUT and reasoning.SUITES["basic"].held_out == ()
 
