@@ -1,4 +1,4 @@
-"""`python -m qtale_jax.convert SOURCE OUT`: Hugging Face Llama checkpoints to model directories; `--to-hf`: back.
+"""`python -m qtale_jax.convert SOURCE OUT`: Hugging Face checkpoints to model directories; `--to-hf`: back.
 
 Checkpoints whose linears AutoAWQ or GPTQ packed in 4 bits stay quantized; `--to-hf --quantized awq` writes such models.
 """

@@ -1,4 +1,4 @@
-"""The Llama-family decoder, defined in Flax NNX: blocks with optional routers, adapters and quantized linears.
+"""The decoder of all families, defined in Flax NNX: blocks with optional routers, adapters and quantized linears.
 
 The modules say what parameters exist, which logical axes they have and what one block computes. `models.forward` runs
 them as pure functions over a nested dict of arrays.
@@ -79,6 +79,7 @@ class Block(nnx.Module):
                 rngs=rngs,
                 scale=scale,
                 format=spec.quantization.format(layer, name) if spec.quantization else None,
+                bias=name in architecture.biases,
                 rank=lora.rank if lora and adapted else 0,
                 dropout=lora.dropout if lora and adapted else 0.0,
             )

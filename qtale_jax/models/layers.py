@@ -104,7 +104,7 @@ class Embedding(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """y = x W without bias; W in floating point or quantized, with an optional adapter beside it."""
+    """y = x W, or x W + b; W in floating point or quantized, with an optional adapter beside it; b in float32."""
 
     def __init__(
         self,
@@ -115,6 +115,7 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         scale: float = 1.0,
         format: TensorFormat | None = None,
+        bias: bool = False,
         rank: int = 0,
         dropout: float = 0.0,
     ):
@@ -123,15 +124,22 @@ class Linear(nnx.Module):
             self.kernel = parameter(kernel.astype(dtype), axes)
         else:
             self.quantized = Quantized(shape, format, axes=axes)
+        if bias:
+            self.bias = parameter(jnp.zeros((shape[1],), jnp.float32), (axes[1],))
         if rank:
             self.lora = LowRank(*shape, rank, dropout, axes=axes, rngs=rngs)
-        self.is_quantized, self.has_lora = format is not None, bool(rank)
+        self.is_quantized, self.has_bias, self.has_lora = format is not None, bias, bool(rank)
 
     def weight(self) -> Weight:
         """The weight as `quantization.linear` takes it."""
         return self.quantized.weight() if self.is_quantized else self.kernel[...]
 
     def __call__(self, x: Float[Array, "... i"], key: PRNGKeyArray | None = None) -> Float[Array, "... o"]:
-        """Multiplies, and adds the adapter's output; with a key, its dropout is on."""
-        out = linear(x, self.weight())
+        """Multiplies, adds the bias and the adapter's output; with a key, the adapter's dropout is on."""
+        if self.has_bias:
+            # In float32: biases of keys can be so large that rounding before adding would lose what is added to.
+            bias = self.bias[...].reshape((1,) * (x.ndim - 1) + (-1,))
+            out = (linear(x, self.weight(), jnp.float32) + bias).astype(x.dtype)
+        else:
+            out = linear(x, self.weight())
         return out + self.lora(x, key) if self.has_lora else out

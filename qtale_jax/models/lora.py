@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qtale_jax.models.decoder import Parameters
-from qtale_jax.models.specification import ModelSpecification
+from qtale_jax.models.specification import LINEARS, ModelSpecification
 
 
 def merged_kernel(linear: Parameters) -> Float[Array, "... i o"]:
@@ -14,10 +14,19 @@ def merged_kernel(linear: Parameters) -> Float[Array, "... i o"]:
     return (linear["kernel"].astype(jnp.float32) + delta).astype(linear["kernel"].dtype)
 
 
+def with_weight(linear: Parameters, weight: Parameters) -> Parameters:
+    """A linear whose weight is `weight` ({"kernel": ...} or {"quantized": ...}), without an adapter; its bias stays."""
+    return weight | {name: leaf for name, leaf in linear.items() if name == "bias"}
+
+
 def map_linears(function, layer: Parameters) -> Parameters:
     """Applies `function(name, linear)` to each linear of a layer (or stack of layers); the rest is kept."""
+
+    def one(name: str, module: Parameters) -> Parameters:
+        return function(name, module) if name in LINEARS else module
+
     return {
-        part: {name: function(name, linear) for name, linear in tree.items()} if part in ("attention", "mlp") else tree
+        part: {name: one(name, module) for name, module in tree.items()} if part in ("attention", "mlp") else tree
         for part, tree in layer.items()
     }
 
@@ -34,7 +43,7 @@ def merge_lora(spec: ModelSpecification, params: Parameters) -> tuple[ModelSpeci
         raise ValueError("adapters cannot be merged into quantized weights")
 
     def merge(name: str, linear: Parameters) -> Parameters:
-        return {"kernel": jax.jit(merged_kernel)(linear)} if "lora" in linear else linear
+        return with_weight(linear, {"kernel": jax.jit(merged_kernel)(linear)}) if "lora" in linear else linear
 
     layers = {index: map_linears(merge, layer) for index, layer in params["layers"].items()}
     return spec.model_copy(update={"lora": None}), {**params, "layers": layers}

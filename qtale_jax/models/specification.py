@@ -26,10 +26,18 @@ class RopeScaling(_Frozen, frozen=True):
     original_length: int
 
 
-class Architecture(_Frozen, frozen=True):
-    """Shape of a Llama-family decoder."""
+LinearName = Literal["query", "key", "value", "output", "gate", "up", "down"]
 
-    family: Literal["llama"] = "llama"
+
+class Architecture(_Frozen, frozen=True):
+    """Shape of a decoder, and what its family adds to a Llama.
+
+    Attributes:
+        family: the `model_type` that Hugging Face knows it by; what is computed depends on the other fields alone.
+        biases: linears of a block that add a bias.
+    """
+
+    family: Literal["llama", "qwen2"] = "llama"
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -42,6 +50,7 @@ class Architecture(_Frozen, frozen=True):
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tied_head: bool = False
+    biases: tuple[LinearName, ...] = ()
 
     def linear_shape(self, name: str) -> tuple[int, int]:
         """Returns (inputs, outputs) of one of `LINEARS`."""

@@ -6,7 +6,7 @@ import jax
 
 from qtale_jax.config.schema import QuantizeConfig
 from qtale_jax.models.decoder import Parameters
-from qtale_jax.models.lora import map_linears
+from qtale_jax.models.lora import map_linears, with_weight
 from qtale_jax.models.specification import ModelSpecification, TensorFormat
 from qtale_jax.quantization.matrix import Problem, quantize_matrix
 from qtale_jax.quantization.prefix import Counts, Prefix
@@ -70,7 +70,8 @@ def restore_layer(
         if "quantized" not in linear:
             return linear
         shape = spec.architecture.linear_shape(name)
-        return {"kernel": _unstore(linear["quantized"], shape=shape, format=formats[f"{index}/{name}"])}
+        kernel = _unstore(linear["quantized"], shape=shape, format=formats[f"{index}/{name}"])
+        return with_weight(linear, {"kernel": kernel})
 
     layer = map_linears(one, stored)
     if f"{index}/router" in formats:
@@ -149,10 +150,11 @@ class _Work:
         if name not in self.formats:
             return
         part, form = PART[name], self.formats[name]
-        kernel = self.restored[part][name]["kernel"]
+        linear = self.restored[part][name]
+        kernel = linear["kernel"]
         stored = self._quantize(name, kernel, statistics, rounding_error, last_sample)
-        self.stored[part][name] = {"quantized": stored}
-        self.restored[part][name] = {"kernel": _unstore(stored, shape=kernel.shape, format=form)}
+        self.stored[part][name] = with_weight(linear, {"quantized": stored})
+        self.restored[part][name] = with_weight(linear, {"kernel": _unstore(stored, shape=kernel.shape, format=form)})
 
     def _quantize(
         self,

@@ -8,6 +8,9 @@ four inputs of a block and where their scales go:
     gate, up             MLP norm
     down                 up
 
+A bias of what made x is divided too; one of what reads x / s stays, since the product stays. Softmax weights sum to
+1, so the bias of value passes attention as its other outputs do.
+
 Routers read the residual stream before the norms, so no decision changes.
 """
 
@@ -19,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qtale_jax.models.decoder import Parameters
+from qtale_jax.models.lora import with_weight
 from qtale_jax.models.specification import Architecture, TensorFormat
 from qtale_jax.quantization.awq import search_scales
 from qtale_jax.quantization.output_error import output_error
@@ -85,10 +89,15 @@ def fold(layer: Parameters, scales: dict[str, Float[Array, " i"]]) -> Parameters
     out = {part: dict(tree) for part, tree in layer.items()}
 
     def scale_rows(name: str, by: Array) -> None:
-        out[PART[name]][name] = {"kernel": _times(out[PART[name]][name]["kernel"], by[:, None])}
+        linear = out[PART[name]][name]
+        out[PART[name]][name] = with_weight(linear, {"kernel": _times(linear["kernel"], by[:, None])})
 
     def divide_outputs(name: str, by: Array) -> None:
-        out[PART[name]][name] = {"kernel": _times(out[PART[name]][name]["kernel"], 1.0 / by[None, :])}
+        linear = out[PART[name]][name]
+        divided = {"kernel": _times(linear["kernel"], 1.0 / by[None, :])}
+        if "bias" in linear:
+            divided["bias"] = _times(linear["bias"], 1.0 / by)
+        out[PART[name]][name] = divided
 
     for reader, by in scales.items():
         for name in READERS[reader]:

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from qtale_jax.config.schema import QuantizationAwareConfig
 from qtale_jax.models.decoder import Parameters
-from qtale_jax.models.lora import map_linears, merged_kernel
+from qtale_jax.models.lora import map_linears, merged_kernel, with_weight
 from qtale_jax.models.specification import LINEARS, TensorFormat
 from qtale_jax.quantization.rounding import fake_quantize_straight_through, fit_grid, grouped
 
@@ -58,7 +58,7 @@ def quantizer_transform(config: QuantizationAwareConfig, step: Int[Array, ""], k
             noise_key = jax.random.fold_in(layer_key, LINEARS.index(name))
             branches = [lambda kernel: kernel]
             branches += [lambda kernel, format=format: apply(kernel, format, noise_key) for format in formats]
-            return {"kernel": jax.lax.switch(index, branches, kernel)}
+            return with_weight(linear, {"kernel": jax.lax.switch(index, branches, kernel)})
 
         return map_linears(one, layer)
 

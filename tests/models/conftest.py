@@ -56,7 +56,7 @@ def make_spec() -> Callable[..., ModelSpecification]:
 
 @pytest.fixture(scope="session")
 def make_params() -> Callable[..., dict]:
-    """Random parameters whose routers are undecided on average and whose adapters are not zero."""
+    """Random parameters whose routers are undecided on average and whose adapters and biases are not zero."""
 
     def make(spec: ModelSpecification, seed: int = 0) -> dict:
         params = initialize(spec, jax.random.key(seed))
@@ -67,6 +67,9 @@ def make_params() -> Callable[..., dict]:
                 return leaf * 4
             if names[-3:] == ["router", "output", "bias"]:
                 return jnp.zeros_like(leaf)
+            if names[-1] == "bias" and "router" not in names:
+                key = jax.random.fold_in(jax.random.key(seed + 2), int(names[1]))
+                return jax.random.normal(key, leaf.shape, leaf.dtype)
             if names[-1] == "up" and "lora" in names:
                 key = jax.random.fold_in(jax.random.key(seed + 1), int(names[1]))
                 return 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype)

@@ -75,7 +75,7 @@ def make_routed() -> Callable[..., tuple[ModelSpecification, dict]]:
 
 
 def _correlated(params: dict) -> dict:
-    """Token vectors that lie near five directions, uneven norms and outputs, and routers that are undecided."""
+    """Token vectors near five directions, uneven norms and outputs, biases, and routers that are undecided."""
     generator = np.random.default_rng(5)
 
     def normal(*shape):
@@ -90,6 +90,8 @@ def _correlated(params: dict) -> dict:
             return {"bias": jnp.zeros_like(leaf), "kernel": leaf * 4}[names[-1]] if "output" in names else leaf
         elif names[-2] in ("attention_norm", "mlp_norm"):
             new = np.exp(0.7 * normal(*leaf.shape))
+        elif names[-1] == "bias":
+            new = normal(*leaf.shape)
         elif names[-2] in ("value", "up"):
             new = np.asarray(leaf, np.float32) * np.exp(normal(1, leaf.shape[1]))
         else:

@@ -1,4 +1,4 @@
-"""Hugging Face Llama checkpoints: reading them into model directories, and writing model directories back."""
+"""Hugging Face checkpoints: reading them into model directories, and writing model directories back."""
 
 from qtale_jax.models.huggingface.exporting import to_huggingface
 from qtale_jax.models.huggingface.importing import Checkpoint, from_huggingface, read_huggingface

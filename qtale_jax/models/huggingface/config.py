@@ -1,10 +1,11 @@
-"""config.json of a Llama checkpoint <-> `Architecture`."""
+"""config.json of a checkpoint <-> `Architecture`."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from qtale_jax.errors import InputError, nearest
+from qtale_jax.models.huggingface.families import FAMILIES, STALE, family_of, named_family
 from qtale_jax.models.specification import Architecture, ModelSpecification, RopeScaling
 
 SIZES = {
@@ -44,15 +45,17 @@ def read_json(file: Path) -> Config:
 
 
 def architecture_from(config: Config, where: str) -> Architecture:
-    """The architecture that a config.json describes; absent keys have the defaults of `LlamaConfig`.
+    """The architecture that a config.json describes; absent keys have the defaults of its family.
 
     Args:
         config: the parsed file.
         where: its name, for messages.
 
     Raises:
-        InputError: not a Llama, or one with parts that this library does not have.
+        InputError: of no supported family, or with parts that this library does not have.
     """
+    family = named_family(config, where)
+    config = {**family.defaults, **config}
     _refuse_unsupported(config, where)
     sizes: Config = {ours: _positive(config, theirs, where) for theirs, ours in SIZES.items()}
     heads, hidden = sizes["num_heads"], sizes["hidden_size"]
@@ -66,25 +69,23 @@ def architecture_from(config: Config, where: str) -> Architecture:
         raise InputError(f"{where}: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
     theta, scaling = _rope(config, where)
     return Architecture(
+        family=config["model_type"],
         **sizes,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        max_length=_positive(config, "max_position_embeddings", where, 2048),
+        max_length=_positive(config, "max_position_embeddings", where, family.defaults["max_position_embeddings"]),
         norm_eps=_number(config, "rms_norm_eps", where, 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         tied_head=bool(config.get("tie_word_embeddings", False)),
+        **family.fields,
     )
 
 
 def _refuse_unsupported(config: Config, where: str) -> None:
-    kind = config.get("model_type")
-    if kind != "llama":
-        hint = nearest(str(kind), ["llama"])
-        raise InputError(f"{where}: model_type={kind!r} is not supported; supported: 'llama'{hint}")
-    for key in ("attention_bias", "mlp_bias"):
+    for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
         if config.get(key):
-            raise InputError(f"{where}: {key}={config[key]!r} is not supported (linears have no bias); allowed: false")
+            raise InputError(f"{where}: {key}={config[key]!r} is not supported; allowed: false")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise InputError(f"{where}: hidden_act={config['hidden_act']!r} is not supported; supported: 'silu'")
 
@@ -149,13 +150,17 @@ def config_for(
         dtype: type of the tensors written.
         tokens: `bos_token_id` and the like, for models that have no original config.
         quantization: `quantization_config`; None for tensors in floating point.
+
+    Raises:
+        InputError: the family does not have parts that the model has.
     """
+    family = family_of(spec.architecture)
     config = {key: value for key, value in (original or {}).items() if key != "quantization_config"}
     if not config or architecture_from(config, "config.json") != spec.architecture:
-        for stale in ("rope_parameters", "rope_scaling", "rope_theta"):
+        for stale in ("rope_parameters", "rope_scaling", "rope_theta", *STALE):
             config.pop(stale, None)
         config = {**tokens, **config, **_described(spec.architecture)}
-    config["architectures"] = ["LlamaForCausalLM"]
+    config["architectures"] = [family.opened_by]
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     config[key] = dtype
     return config if quantization is None else {**config, "quantization_config": quantization}
@@ -169,7 +174,7 @@ def _described(architecture: Architecture) -> Config:
         values = scaling.model_dump()
         rope["rope_scaling"] = {"rope_type": "llama3", **{theirs: values[ours] for theirs, ours in LLAMA3_KEYS.items()}}
     return {
-        "model_type": "llama",
+        "model_type": architecture.family,
         **{theirs: getattr(architecture, ours) for theirs, ours in SIZES.items()},
         "num_key_value_heads": architecture.num_kv_heads,
         "head_dim": architecture.head_dim,
@@ -178,6 +183,5 @@ def _described(architecture: Architecture) -> Config:
         **rope,
         "hidden_act": "silu",
         "tie_word_embeddings": architecture.tied_head,
-        "attention_bias": False,
-        "mlp_bias": False,
+        **FAMILIES[architecture.family].described,
     }

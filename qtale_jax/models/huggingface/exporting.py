@@ -1,4 +1,4 @@
-"""Writing a model directory as a Hugging Face Llama checkpoint, in floating point or in AutoAWQ's 4-bit layout."""
+"""Writing a model directory as a Hugging Face checkpoint, in floating point or in AutoAWQ's 4-bit layout."""
 
 import json
 import math
@@ -64,7 +64,7 @@ def to_huggingface(
     quantized: Literal["awq"] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Written:
-    """Writes the model directory `path` as a directory that `LlamaForCausalLM.from_pretrained` reads.
+    """Writes the model directory `path` as a directory that `AutoModelForCausalLM.from_pretrained` reads.
 
     Adapters are merged and quantized weights restored on the way. Tied models have no `lm_head.weight`. Routed models
     get `routers.safetensors` and `qtale.json` beside, from which `read_huggingface` brings the routers back; to
@@ -173,10 +173,10 @@ def _weight(
 
     What has to be computed, restored or merged, comes as `computed` (default: `spec.dtype`).
     """
-    node = _node(params, tensor.node)
-    if "lora" in node or "quantized" in node:
+    node, leaf = _node(params, tensor.node), tensor.parameter.rsplit("/", 1)[1]
+    if leaf != "bias" and ("lora" in node or "quantized" in node):
         return np.asarray(_plain_kernel(spec, node, tensor).astype(computed or spec.dtype)).T
-    array = np.asarray(node[tensor.parameter.rsplit("/", 1)[1]])
+    array = np.asarray(node[leaf])
     return array.T if tensor.transposed else array
 
 

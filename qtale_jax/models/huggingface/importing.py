@@ -1,4 +1,4 @@
-"""Reading a Hugging Face Llama checkpoint, tensor by tensor."""
+"""Reading a Hugging Face checkpoint, tensor by tensor."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from qtale_jax.artifact.arrays import Flat, flatten, nest
 from qtale_jax.errors import InputError
 from qtale_jax.models.decoder import Parameters, abstract_parameters
 from qtale_jax.models.huggingface.config import architecture_from, read_json
+from qtale_jax.models.huggingface.families import family_of
 from qtale_jax.models.huggingface.files import StoredTensor, read_checkpoint, read_file
 from qtale_jax.models.huggingface.names import Tensor, tensors
 from qtale_jax.models.huggingface.quantized import open_matrix, packed_linears, packing_from, specification_of
@@ -56,7 +57,7 @@ class Checkpoint:
 def from_huggingface(
     source: str | Path, path: str | Path, *, dtype: Storage | None = None, overwrite: bool = False
 ) -> Checkpoint:
-    """Converts a Hugging Face Llama directory into a model directory; see `read_huggingface`."""
+    """Converts a Hugging Face directory into a model directory; see `read_huggingface`."""
     checkpoint = read_huggingface(source, dtype=dtype)
     save_model(
         path,
@@ -70,7 +71,7 @@ def from_huggingface(
 
 
 def read_huggingface(source: str | Path, *, dtype: Storage | None = None) -> Checkpoint:
-    """Opens a Llama checkpoint in Hugging Face layout: config.json, safetensors (one file or sharded), tokenizer.
+    """Opens a checkpoint in Hugging Face layout: config.json, safetensors (one file or sharded), tokenizer.
 
     Linears that AutoAWQ or GPTQ packed in 4 bits keep their integers, scales and zero points; zero points that are all
     in the middle are left out (symmetric), and inputs whose groups are scattered are sorted by group (permuted).
@@ -82,7 +83,7 @@ def read_huggingface(source: str | Path, *, dtype: Storage | None = None) -> Che
             float32, scales of packed linears stay what they are.
 
     Raises:
-        InputError: not a supported Llama or packing; tensors missing, unexpected or of another shape; damaged files.
+        InputError: not a supported family or packing; tensors missing, unexpected or of another shape; damaged files.
     """
     source = Path(source)
     if not source.is_dir():
@@ -148,8 +149,9 @@ def _check(
     if extra := [name for name in stored if name not in wanted]:
         first = stored[extra[0]]
         raise InputError(
-            f"{first.file}: unexpected tensor {extra[0]} of shape {first.shape} ({len(extra)} in all); a Llama of "
-            f"{architecture.num_layers} layers as config.json describes it does not have it"
+            f"{first.file}: unexpected tensor {extra[0]} of shape {first.shape} ({len(extra)} in all); a "
+            f"{family_of(architecture).name} of {architecture.num_layers} layers as config.json describes it does not "
+            "have it"
         )
     for name, shape in wanted.items():
         if stored[name].shape != shape:

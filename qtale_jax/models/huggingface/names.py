@@ -19,7 +19,7 @@ NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layern
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a Llama checkpoint.
+    """One tensor of a checkpoint.
 
     Attributes:
         name: its name there.
@@ -52,7 +52,7 @@ class Tensor:
     @property
     def is_linear(self) -> bool:
         """Whether it is the weight of a linear of a block."""
-        return self.key.rsplit("/", 1)[-1] in LINEARS
+        return self.parameter.endswith("/kernel") and self.key.rsplit("/", 1)[-1] in LINEARS
 
 
 def linear_path(layer: int, name: str) -> str:
@@ -71,8 +71,10 @@ def tensors(architecture: Architecture) -> list[Tensor]:
             found.append(Tensor(f"{prefix}.{theirs}.weight", width, f"layers/{layer}/{ours}/scale"))
         for name in LINEARS:
             shape = architecture.linear_shape(name)[::-1]
-            kernel = f"{linear_path(layer, name)}/kernel"
-            found.append(Tensor(f"{prefix}.{MODULES[name]}.weight", shape, kernel, transposed=True))
+            path, module = linear_path(layer, name), f"{prefix}.{MODULES[name]}"
+            found.append(Tensor(f"{module}.weight", shape, f"{path}/kernel", transposed=True))
+            if name in architecture.biases:
+                found.append(Tensor(f"{module}.bias", shape[:1], f"{path}/bias"))
     found.append(Tensor("model.norm.weight", width, "final_norm/scale"))
     if not architecture.tied_head:
         found.append(Tensor("lm_head.weight", table, "head/kernel", transposed=True))

@@ -128,7 +128,7 @@ def packed_linears(
 
     Args:
         packing: how; None if config.json says nothing.
-        stored: what is in the files; biases that are zero are taken out.
+        stored: what is in the files; biases that the model has not and that are zero are taken out.
         wanted: the tensors of the model, if it were not quantized.
         where: name of config.json.
 
@@ -150,17 +150,18 @@ def packed_linears(
             raise InputError(f"{stored[name].file}: {name} is not supported; supported: {WHAT}")
     if not packed:
         raise InputError(f"{where}: quantization_config says {packing.method!r}, but no linear is quantized")
-    _drop_zero_biases(stored, list(linears))
+    names = {tensor.name for tensor in wanted}
+    _drop_zero_biases(stored, [module for module in linears if f"{module}.bias" not in names])
     found = [tensor for tensor in linears.values() if tensor.name not in stored]
     return [PackedLinear(packing, tensor, _shapes(packing, tensor, where)) for tensor in found]
 
 
 def _drop_zero_biases(stored: dict[str, StoredTensor], modules: Sequence[str]) -> None:
-    """Some packers give every linear a bias; Llama has none, so it is zero."""
+    """Some packers give every linear a bias; one that the model does not have is zero."""
     for module in modules:
         bias = stored.pop(f"{module}.bias", None)
         if bias is not None and bias.map().any():
-            raise InputError(f"{bias.file}: {module}.bias is not zero; linears have no bias here")
+            raise InputError(f"{bias.file}: {module}.bias is not zero; this linear has no bias here")
 
 
 def _shapes(packing: Packing, tensor: Tensor, where: str) -> dict[str, tuple[int, ...]]:

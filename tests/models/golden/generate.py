@@ -1,7 +1,7 @@
-"""Makes the golden files: random tiny Llamas in Hugging Face layout, and what `LlamaForCausalLM` computes with them.
+"""Makes the golden files: random tiny models in Hugging Face layout, and what transformers computes with them.
 
     pip install torch==2.13.0 transformers==5.23.0 safetensors numpy
-    python tests/models/golden/generate.py
+    python tests/models/golden/generate.py [NAME ...]
 
 Each model is a directory as `save_pretrained` writes it, and `expected.npz` beside its files: tokens (2, T) int32,
 logits (2, T, vocab) float32, and greedy (2, 32) int32, the continuation of the first 8 tokens of each row. All is
@@ -10,11 +10,12 @@ decisions are clear.
 """
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 HERE = Path(__file__).parent
 
@@ -47,19 +48,29 @@ MODELS = {
         "max_position_embeddings": 64,
         "tie_word_embeddings": True,
     },
+    "qwen2": {
+        "model_type": "qwen2",
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    },
 }
 STORED_AS = {"grouped": torch.float16, "tied": torch.bfloat16}
 SHARDED = {"tied": "12KB"}
 LENGTHS = {"llama3_1": 96}
 
 
-def random_model(name: str, seed: int) -> LlamaForCausalLM:
-    """Weights large enough that attention attends to something and norms are not all ones."""
+def random_model(name: str, seed: int) -> PreTrainedModel:
+    """Weights large enough that attention attends to something, norms that are not all ones, biases that matter."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**COMMON, **MODELS[name], attn_implementation="eager")).eval()
+    config = AutoConfig.for_model(**{"model_type": "llama", **COMMON, **MODELS[name]})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
+        for path, parameter in model.named_parameters():
+            if path.endswith(".bias"):
+                parameter.normal_()
+            elif parameter.ndim == 1:
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(0.0, 1.5 / parameter.shape[1] ** 0.5)
@@ -68,20 +79,20 @@ def random_model(name: str, seed: int) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def as_float32(model: LlamaForCausalLM) -> LlamaForCausalLM:
+def as_float32(model: PreTrainedModel) -> PreTrainedModel:
     """The same weights in a float32 model.
 
     `model.float()` is not that: casting to 16 bits has rounded the rotary frequencies, which are a buffer, for good.
     """
     with torch.random.fork_rng():  # the weights that this draws are replaced
-        wide = LlamaForCausalLM(model.config).eval()
+        wide = type(model)(model.config).eval()
     for target, source in zip(wide.parameters(), model.parameters(), strict=True):
         target.copy_(source)
     return wide
 
 
 @torch.no_grad()
-def greedy(model: LlamaForCausalLM, prompts: torch.Tensor, count: int) -> tuple[torch.Tensor, float]:
+def greedy(model: PreTrainedModel, prompts: torch.Tensor, count: int) -> tuple[torch.Tensor, float]:
     """New tokens, and the smallest lead of a winner over the second."""
     tokens, lead = prompts, float("inf")
     for _ in range(count):
@@ -93,7 +104,7 @@ def greedy(model: LlamaForCausalLM, prompts: torch.Tensor, count: int) -> tuple[
 
 def main() -> None:
     torch.set_num_threads(1)
-    for name in MODELS:
+    for name in sys.argv[1:] or MODELS:
         for seed in range(100):
             model = random_model(name, seed)
             wide = as_float32(model)
