@@ -61,10 +61,17 @@ class Likelihoods:
 
 
 def count(
-    execute: Bool[Array, "b t l"], logits: Float[Array, "b t r 2"], present: Bool[Array, "b t"], always_on_tokens: int
+    execute: Bool[Array, "b t l"],
+    logits: Float[Array, "b t r 2"],
+    present: Bool[Array, "b t"],
+    always_on_tokens: int,
+    window: int | None = None,
 ) -> Counted:
-    """Counts decisions; `present` marks tokens that are not padding."""
+    """Counts decisions; `present` marks tokens that are not padding, `window` is the architecture's sliding window."""
     taken = execute.astype(jnp.float32)
+    keys = jnp.cumsum(taken, axis=1)
+    if window is not None and window < keys.shape[1]:
+        keys = keys - jnp.pad(keys[:, :-window], ((0, 0), (window, 0), (0, 0)))
     routed = present & (jnp.arange(present.shape[1])[None, :] >= always_on_tokens)
     weights = jnp.broadcast_to(routed[:, :, None], logits.shape[:3]).astype(jnp.float32)
     magnitude = jnp.abs(gap(logits))
@@ -73,7 +80,7 @@ def count(
     return Counted(
         tokens=jnp.sum(present.astype(jnp.float32)),
         executed=jnp.sum(taken, axis=(0, 1)),
-        keys=jnp.sum(taken * jnp.cumsum(taken, axis=1), axis=(0, 1)),
+        keys=jnp.sum(taken * keys, axis=(0, 1)),
         gap=jnp.sum(magnitude * weights),
         flips=jnp.sum(jax.nn.sigmoid(-magnitude) * weights),
         decisions=jnp.sum(weights),
@@ -100,7 +107,8 @@ def batch_likelihood(
     greedy = jnp.all((jnp.argmax(logits, axis=-1) == targets) | ~wanted, axis=1)
     always_on_tokens = spec.routing.always_on_tokens if spec.routing else 0
     present = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
-    counted = count(output.routing.execute, output.routing.logits, present, always_on_tokens)
+    window = spec.architecture.sliding_window
+    counted = count(output.routing.execute, output.routing.logits, present, always_on_tokens, window)
     return jnp.sum(jnp.where(wanted, chosen, 0.0), axis=1), greedy, counted
 
 

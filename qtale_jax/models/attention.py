@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from qtale_jax.models.layers import Linear
 from qtale_jax.models.rotary import rotate
@@ -11,6 +11,27 @@ from qtale_jax.models.specification import Architecture
 
 HIDDEN = -1e30
 """Score of an invisible key: finite, so that a row that sees nothing (padding) gives numbers instead of NaN."""
+
+
+def in_window(
+    architecture: Architecture,
+    causal: Bool[Array, "b t s"],
+    queries: Int[Array, "b t"],
+    keys: Int[Array, "b s"] | None = None,
+) -> Bool[Array, "b t s"]:
+    """The causal keys that are inside the sliding window, if there is one.
+
+    Args:
+        architecture: says how wide it is.
+        causal: keys that a query sees without it.
+        queries: their positions.
+        keys: their positions; None: as in a cache, 0, 1, 2 and so on.
+    """
+    if architecture.sliding_window is None:
+        return causal
+    if keys is None:
+        keys = jnp.arange(causal.shape[2], dtype=jnp.int32)[None, :]
+    return causal & (queries[:, :, None] - keys[:, None, :] < architecture.sliding_window)
 
 
 def attend(
@@ -23,7 +44,8 @@ def attend(
 ) -> Float[Array, "b t n d"]:
     """Softmax attention over the keys that are causal and kept; scores and softmax in float32.
 
-    `causal` says which keys a query could see if every token executed, `kept` which of them were not evicted.
+    `causal` says which keys a query could see if every token executed, those inside the sliding window if there is one,
+    `kept` which of them were not evicted.
     `key_gate` has the value of `kept` and carries the straight-through gradient to the gates: the gradient for an
     evicted key is what its weight would have been, capped at the weight of the strongest visible key so that it stays
     bounded. (The D-LLM reference multiplies the causal softmax by the gate and renormalises: same value, unbounded.)

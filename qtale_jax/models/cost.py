@@ -39,8 +39,11 @@ def flops_per_token(spec: ModelSpecification, executed_per_layer: Sequence[float
 
 def training_flops_per_token(spec: ModelSpecification, length: float) -> float:
     """FLOPs of forward and backward per token under masked execution, which computes every block: three forwards."""
-    layers = spec.architecture.num_layers
-    return 3.0 * flops_per_token(spec, [1.0] * layers, [length / 2] * layers)
+    layers, window = spec.architecture.num_layers, spec.architecture.sliding_window
+    keys = length / 2
+    if window is not None and window < length:  # half of the window while it fills, then all of it
+        keys = window - window**2 / (2 * length)
+    return 3.0 * flops_per_token(spec, [1.0] * layers, [keys] * layers)
 
 
 PEAK_BF16 = {

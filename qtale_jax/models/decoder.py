@@ -47,7 +47,7 @@ class Context:
 
     Attributes:
         tables: rotary cosine and sine of each token's position.
-        causal: keys that a query sees when nothing is evicted.
+        causal: keys that a query sees when nothing is evicted: not later, and inside the window if there is one.
         own: the key that is the query's own token; a query always sees itself.
         present: tokens that are not padding; padding executes nothing.
         tokens: ids; only pseudo-random routers look at them.

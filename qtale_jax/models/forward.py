@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from qtale_jax.models.attention import in_window
 from qtale_jax.models.decoder import Context, LayerCache, Parameters, skeleton
 from qtale_jax.models.policy import Dense, ExpertChoice, Policy, Sampled, decide, probability
 from qtale_jax.models.rotary import rotary_tables
@@ -79,6 +80,7 @@ def context_of(
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     earlier = index[None, :, None] >= index[None, None, :]
     causal = (segment_ids[:, :, None] == segment_ids[:, None, :]) & present[:, None, :] & earlier
+    causal = in_window(spec.architecture, causal, positions, positions)
     own = jnp.broadcast_to(index[None, :, None] == index[None, None, :], causal.shape)
     always_on_tokens = spec.routing.always_on_tokens if spec.routing else 0
     tables = rotary_tables(spec.architecture, positions)

@@ -54,8 +54,10 @@ def test_what_greedy_decoding_gives_is_greedy(routed):
     assert found.is_greedy.tolist() == [True, False]
 
 
-def test_counts_are_those_of_counting_one_by_one(routed, rows):
+@pytest.mark.parametrize("window", [None, 6])
+def test_counts_are_those_of_counting_one_by_one(routed, rows, window):
     spec, params = routed
+    spec = spec.model_copy(update={"architecture": spec.architecture.model_copy(update={"sliding_window": window})})
     counted = likelihoods(spec, params, rows, inference_policy(spec), batch_size=4).counted
     tokens, executed, keys = 0, np.zeros(3), np.zeros(3)
     gaps = []
@@ -65,7 +67,7 @@ def test_counts_are_those_of_counting_one_by_one(routed, rows):
         executed += execute.sum(0)
         for layer in range(3):
             for position in np.flatnonzero(execute[:, layer]):
-                keys[layer] += execute[: position + 1, layer].sum()
+                keys[layer] += execute[max(0, position + 1 - (window or 99)) : position + 1, layer].sum()
         gaps += np.abs(gap[2:]).ravel().tolist()
     assert counted.tokens == tokens and counted.decisions == len(gaps)
     np.testing.assert_array_equal(counted.executed, executed)

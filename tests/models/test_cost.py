@@ -29,5 +29,14 @@ def test_training_is_three_forwards_of_every_block(make_spec):
     assert training_flops_per_token(spec, 20) == 3 * flops_per_token(spec, [1.0] * 3, [10] * 3)
 
 
+@pytest.mark.parametrize(("length", "window"), [(20, 4), (20, 20), (20, 30), (1, 1)])
+def test_training_counts_the_keys_inside_the_window(make_spec, length, window):
+    """Continuous, as half of the length is without a window: the integral of min(position, window)."""
+    spec = make_spec(sliding_window=window)
+    steps = [(i + 0.5) / 100 for i in range(100 * length)]
+    keys = sum(min(step, window) for step in steps) / len(steps)
+    assert training_flops_per_token(spec, length) == pytest.approx(3 * flops_per_token(spec, [1.0] * 3, [keys] * 3))
+
+
 def test_peak_rate_is_measured_where_no_data_sheet_helps():
     assert peak_flops() > 1e8

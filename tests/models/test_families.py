@@ -17,7 +17,7 @@ from qtale_jax.models.specification import ModelSpecification
 from qtale_jax.models.stacking import stack_layers, unstack_layers
 from qtale_jax.parallel.mesh import build_mesh, shardings
 
-FEATURES = {"biases": {"biases": ("query", "key", "value")}}
+FEATURES = {"biases": {"biases": ("query", "key", "value")}, "window": {"sliding_window": 3}}
 
 QWEN_2_5 = {
     "model_type": "qwen2",
@@ -36,7 +36,22 @@ QWEN_2_5 = {
     "use_sliding_window": False,
 }
 
-PUBLISHED = {"qwen2.5-0.5b": (QWEN_2_5, 494_032_768)}
+MISTRAL = {
+    "model_type": "mistral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+}
+
+PUBLISHED = {"qwen2.5-0.5b": (QWEN_2_5, 494_032_768), "mistral-7b": (MISTRAL, 7_241_732_096)}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from qtale_jax.errors import InputError, nearest
-from qtale_jax.models.huggingface.families import FAMILIES, STALE, family_of, named_family
+from qtale_jax.models.huggingface.families import (
+    FAMILIES,
+    STALE,
+    described_window,
+    family_of,
+    named_family,
+    window_of,
+)
 from qtale_jax.models.specification import Architecture, ModelSpecification, RopeScaling
 
 SIZES = {
@@ -78,12 +85,13 @@ def architecture_from(config: Config, where: str) -> Architecture:
         rope_theta=theta,
         rope_scaling=scaling,
         tied_head=bool(config.get("tie_word_embeddings", False)),
+        sliding_window=window_of(config, where),
         **family.fields,
     )
 
 
 def _refuse_unsupported(config: Config, where: str) -> None:
-    for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
+    for key in ("attention_bias", "mlp_bias"):
         if config.get(key):
             raise InputError(f"{where}: {key}={config[key]!r} is not supported; allowed: false")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
@@ -183,5 +191,6 @@ def _described(architecture: Architecture) -> Config:
         **rope,
         "hidden_act": "silu",
         "tie_word_embeddings": architecture.tied_head,
+        **described_window(architecture),
         **FAMILIES[architecture.family].described,
     }

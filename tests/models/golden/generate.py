@@ -55,6 +55,14 @@ MODELS = {
         "max_position_embeddings": 64,
         "tie_word_embeddings": True,
     },
+    "mistral": {
+        "model_type": "mistral",
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "max_position_embeddings": 64,
+        "sliding_window": 7,
+    },
 }
 STORED_AS = {"grouped": torch.float16, "tied": torch.bfloat16}
 SHARDED = {"tied": "12KB"}

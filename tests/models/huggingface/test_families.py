@@ -16,11 +16,11 @@ from qtale_jax.inference.generation import generate
 from qtale_jax.models.forward import forward
 from qtale_jax.models.huggingface import from_huggingface, read_huggingface, to_huggingface
 from qtale_jax.models.huggingface.config import architecture_from, config_for
-from qtale_jax.models.huggingface.families import FAMILIES
+from qtale_jax.models.huggingface.families import FAMILIES, FULL, SLIDING
 from qtale_jax.models.policy import Dense
 from qtale_jax.models.specification import LINEARS, ModelSpecification, QuantizationSpecification, TensorFormat
 
-NAMES = ("qwen2",)
+NAMES = ("qwen2", "mistral")
 BIASED = ("qwen2",)
 
 SIZES = {
@@ -44,6 +44,7 @@ def architectures(golden):
 
 def test_the_golden_models_have_what_their_family_adds(architectures):
     assert architectures["qwen2"].biases == ("query", "key", "value")
+    assert architectures["mistral"].sliding_window == 7
     assert all(architecture.family == name for name, architecture in architectures.items())
 
 
@@ -100,16 +101,62 @@ def test_a_written_config_is_read_by_both(family):
 
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
-    [("qwen2", {"attention_bias": True}, "attention_bias=True is not supported")],
+    [
+        ("qwen2", {"attention_bias": True}, "attention_bias=True is not supported"),
+        ("mistral", {"sliding_window": 0}, "sliding_window=0; allowed: null or a positive integer"),
+        ("mistral", {"sliding_window": True}, "sliding_window=True; allowed: null or a positive integer"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "max_window_layers": 2},
+            r"max_window_layers=2 gives a sliding window to some of 3 layers.*; allowed: 0 \(all\) or 3 \(none\)",
+        ),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": -1}, "max_window_layers=-1; allowed: an integer"),
+        ("qwen2", {"use_sliding_window": True, "layer_types": [FULL, FULL, SLIDING]}, "one type for all 3 layers"),
+        ("qwen2", {"layer_types": [FULL]}, "supported: one type for all 3 layers"),
+        ("qwen2", {"layer_types": [SLIDING] * 3}, "'sliding_attention' with sliding_window=None are not supported"),
+        ("qwen2", {"layer_types": ["linear_attention"] * 3}, "layer_types of 'linear_attention'"),
+    ],
 )
 def test_unsupported_configs_are_refused(family, changes, message):
     with pytest.raises(InputError, match=message):
         architecture_from({"model_type": family, **SIZES, **changes}, "config.json")
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "window"),
+    [
+        ("llama", {"sliding_window": 5}, None),
+        ("mistral", {}, 4096),
+        ("mistral", {"sliding_window": 5}, 5),
+        ("mistral", {"sliding_window": None}, None),
+        ("qwen2", {"sliding_window": 5}, None),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 5}, None),  # only from layer 28 on
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}, None),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}, 5),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "layer_types": [SLIDING] * 3}, 5),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "layer_types": [FULL] * 3}, None),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, None),
+    ],
+)
+def test_windows_are_read_and_written(family, changes, window):
+    import transformers
+
+    found = architecture_from({"model_type": family, **SIZES, **changes}, "config.json")
+    assert found.sliding_window == window
+    config = config_for(ModelSpecification(architecture=found), None, "float32", {})
+    assert architecture_from(config, "config.json") == found
+    if family == "qwen2":
+        theirs = transformers.AutoConfig.for_model(**config)
+        assert theirs.layer_types == [FULL if window is None else SLIDING] * 3
+        assert theirs.sliding_window == window
+
+
 def test_parts_that_a_family_does_not_have_are_not_written(architectures):
     changed = architectures["qwen2"].model_copy(update={"family": "llama"})
     with pytest.raises(InputError, match="a Llama checkpoint cannot hold a model with biases="):
+        config_for(ModelSpecification(architecture=changed), None, "float32", {})
+    changed = architectures["mistral"].model_copy(update={"family": "llama"})
+    with pytest.raises(InputError, match="a Llama checkpoint cannot hold a model with sliding_window=7; allowed: None"):
         config_for(ModelSpecification(architecture=changed), None, "float32", {})
     changed = architectures["qwen2"].model_copy(update={"biases": ()})
     with pytest.raises(InputError, match="a Qwen2 checkpoint cannot hold a model with biases="):
