@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from qtale_jax.models.layers import Linear
+from qtale_jax.models.layers import Linear, RMSNorm
 from qtale_jax.models.rotary import rotate
 from qtale_jax.models.specification import Architecture
 
@@ -67,13 +67,16 @@ def attend(
 
 
 class Attention(nnx.Module):
-    """Projections around `attend`."""
+    """Projections around `attend`, and the norms of queries and keys where the architecture has them."""
 
     def __init__(self, architecture: Architecture, make_linear):
         self.query = make_linear("query", ("embed", "heads"))
         self.key = make_linear("key", ("embed", "heads"))
         self.value = make_linear("value", ("embed", "heads"))
         self.output: Linear = make_linear("output", ("heads", "embed"))
+        if architecture.query_key_norm:
+            self.query_norm = RMSNorm(architecture.head_dim, architecture.norm_eps)
+            self.key_norm = RMSNorm(architecture.head_dim, architecture.norm_eps)
         self.architecture = architecture
 
     def project(
@@ -81,6 +84,9 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "b t n d"], Float[Array, "b t k d"], Float[Array, "b t k d"]]:
         """Returns queries, keys and values, the first two rotated to their positions."""
         shape = (*x.shape[:2], -1, self.architecture.head_dim)
-        query = rotate(self.query(x, keys[0]).reshape(shape), tables)
-        key = rotate(self.key(x, keys[1]).reshape(shape), tables)
+        query = rotate(self._normed("query_norm", self.query(x, keys[0]).reshape(shape)), tables)
+        key = rotate(self._normed("key_norm", self.key(x, keys[1]).reshape(shape)), tables)
         return query, key, self.value(x, keys[2]).reshape(shape)
+
+    def _normed(self, norm: str, heads: Float[Array, "b t n d"]) -> Float[Array, "b t n d"]:
+        return getattr(self, norm)(heads) if self.architecture.query_key_norm else heads

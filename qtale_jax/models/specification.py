@@ -35,10 +35,11 @@ class Architecture(_Frozen, frozen=True):
     Attributes:
         family: the `model_type` that Hugging Face knows it by; what is computed depends on the other fields alone.
         biases: linears of a block that add a bias.
+        query_key_norm: RMS norm over each head of query and key, before they are rotated.
         sliding_window: a query sees the keys of this many positions, its own and those before it; None: all.
     """
 
-    family: Literal["llama", "mistral", "qwen2"] = "llama"
+    family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -52,6 +53,7 @@ class Architecture(_Frozen, frozen=True):
     rope_scaling: RopeScaling | None = None
     tied_head: bool = False
     biases: tuple[LinearName, ...] = ()
+    query_key_norm: bool = False
     sliding_window: int | None = Field(default=None, ge=1)
 
     def linear_shape(self, name: str) -> tuple[int, int]:

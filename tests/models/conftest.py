@@ -67,6 +67,9 @@ def make_params() -> Callable[..., dict]:
                 return leaf * 4
             if names[-3:] == ["router", "output", "bias"]:
                 return jnp.zeros_like(leaf)
+            if names[-2] in ("query_norm", "key_norm"):
+                key = jax.random.fold_in(jax.random.key(seed + 3), int(names[1]))
+                return jnp.exp(jax.random.normal(key, leaf.shape, leaf.dtype))
             if names[-1] == "bias" and "router" not in names:
                 key = jax.random.fold_in(jax.random.key(seed + 2), int(names[1]))
                 return jax.random.normal(key, leaf.shape, leaf.dtype)

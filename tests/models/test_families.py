@@ -17,7 +17,12 @@ from qtale_jax.models.specification import ModelSpecification
 from qtale_jax.models.stacking import stack_layers, unstack_layers
 from qtale_jax.parallel.mesh import build_mesh, shardings
 
-FEATURES = {"biases": {"biases": ("query", "key", "value")}, "window": {"sliding_window": 3}}
+FEATURES = {
+    "biases": {"biases": ("query", "key", "value")},
+    "window": {"sliding_window": 3},
+    "head norms": {"query_key_norm": True},
+    "everything": {"biases": ("query", "key", "value"), "sliding_window": 4, "query_key_norm": True},
+}
 
 QWEN_2_5 = {
     "model_type": "qwen2",
@@ -51,7 +56,29 @@ MISTRAL = {
     "tie_word_embeddings": False,
 }
 
-PUBLISHED = {"qwen2.5-0.5b": (QWEN_2_5, 494_032_768), "mistral-7b": (MISTRAL, 7_241_732_096)}
+QWEN_3 = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+}
+
+PUBLISHED = {
+    "qwen2.5-0.5b": (QWEN_2_5, 494_032_768),
+    "mistral-7b": (MISTRAL, 7_241_732_096),
+    "qwen3-0.6b": (QWEN_3, 596_049_920),
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -155,6 +182,20 @@ def test_biases_are_float32_and_start_at_zero(make_spec):
     assert {name for name, linear in attention.items() if "bias" in linear} == {"query", "key", "value"}
     assert attention["key"]["kernel"].dtype == jnp.bfloat16
     assert attention["key"]["bias"].dtype == jnp.float32 and not attention["key"]["bias"].any()
+
+
+def test_head_norms_are_float32_and_make_the_size_of_queries_irrelevant(make_spec, make_params, run, tokens):
+    spec = make_spec(dtype="bfloat16", **FEATURES["head norms"])
+    params = make_params(spec)
+    attention = params["layers"][1]["attention"]
+    assert attention["query_norm"]["scale"].dtype == attention["key_norm"]["scale"].dtype == jnp.float32
+    assert attention["key_norm"]["scale"].shape == (4,)
+    expected = run(spec, params, tokens).logits
+    attention["query"]["kernel"] = attention["query"]["kernel"] * 64  # so that epsilon no longer counts
+    large = run(spec, params, tokens).logits
+    attention["query"]["kernel"] = attention["query"]["kernel"] * 64
+    np.testing.assert_allclose(run(spec, params, tokens).logits, large, atol=1e-5)
+    np.testing.assert_allclose(large, expected, atol=1e-2)
 
 
 def test_large_biases_lose_nothing_in_bfloat16(make_spec, make_params):

@@ -24,8 +24,8 @@ run = jax.jit(forward, static_argnames=("spec",))
 
 @pytest.fixture(scope="module")
 def model(make_routed):
-    """Two layers, every query head with its own value head, so that AWQ scales values too."""
-    return make_routed(num_layers=2, num_kv_heads=4, biases=BIASES)
+    """Two layers with all parts of families, every query head with its own value head: AWQ scales values too."""
+    return make_routed(num_layers=2, num_kv_heads=4, biases=BIASES, query_key_norm=True, sliding_window=5)
 
 
 @pytest.mark.parametrize("method", ["rtn", "awq", "gptq", "magr"])

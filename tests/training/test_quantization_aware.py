@@ -60,6 +60,18 @@ def drawn(config: QuantizationAwareConfig, step: int, layer: dict) -> int | None
     return None
 
 
+def test_biases_and_head_norms_stay(layer):
+    bias, scale = jnp.arange(6, dtype=jnp.float32), jnp.full((3,), 2.0, jnp.float32)
+    attention = {name: {**linear, "bias": bias} for name, linear in layer["attention"].items()}
+    found = transformed(settings(), 1, {**layer, "attention": attention | {"query_norm": {"scale": scale}}})
+    plain = transformed(settings(), 1, layer)
+    np.testing.assert_array_equal(found["attention"]["query_norm"]["scale"], scale)
+    for name, linear in plain["attention"].items():
+        assert found["attention"][name].keys() == {"kernel", "bias"}
+        np.testing.assert_array_equal(found["attention"][name]["bias"], bias)
+        np.testing.assert_array_equal(found["attention"][name]["kernel"], linear["kernel"])
+
+
 def test_formats_are_those_of_the_configuration():
     assert formats_of(settings()) == (
         TensorFormat(bits=4),

@@ -51,10 +51,18 @@ FAMILIES = {
         fields={"biases": ("query", "key", "value")},
         window="layers",
     ),
+    "qwen3": Family(
+        "Qwen3",
+        "Qwen3ForCausalLM",
+        {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768, **QWEN_WINDOW},
+        fields={"query_key_norm": True},
+        described={"attention_bias": False},
+        window="layers",
+    ),
 }
 """By `model_type`, which is `Architecture.family`."""
 
-FIXED = ("biases",)
+FIXED = ("biases", "query_key_norm")
 """Fields of `Architecture` that the family alone decides."""
 
 FULL, SLIDING = "full_attention", "sliding_attention"

@@ -16,6 +16,8 @@ MODULES = {
 
 NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 
+HEAD_NORMS = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -69,6 +71,10 @@ def tensors(architecture: Architecture) -> list[Tensor]:
         prefix = f"model.layers.{layer}"
         for ours, theirs in NORMS.items():
             found.append(Tensor(f"{prefix}.{theirs}.weight", width, f"layers/{layer}/{ours}/scale"))
+        if architecture.query_key_norm:
+            for ours, theirs in HEAD_NORMS.items():
+                path = f"layers/{layer}/attention/{ours}/scale"
+                found.append(Tensor(f"{prefix}.{theirs}.weight", (architecture.head_dim,), path))
         for name in LINEARS:
             shape = architecture.linear_shape(name)[::-1]
             path, module = linear_path(layer, name), f"{prefix}.{MODULES[name]}"

@@ -63,6 +63,13 @@ MODELS = {
         "max_position_embeddings": 64,
         "sliding_window": 7,
     },
+    "qwen3": {
+        "model_type": "qwen3",
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+    },
 }
 STORED_AS = {"grouped": torch.float16, "tied": torch.bfloat16}
 SHARDED = {"tied": "12KB"}

@@ -14,7 +14,7 @@ from qtale_jax.models.huggingface import from_huggingface, to_huggingface
 from qtale_jax.models.policy import Dense
 from qtale_jax.models.specification import ModelSpecification, RopeScaling
 
-NAMES = ("llama2", "llama3_1", "grouped", "tied", "qwen2", "mistral")
+NAMES = ("llama2", "llama3_1", "grouped", "tied", "qwen2", "mistral", "qwen3")
 
 run = jax.jit(forward, static_argnames=("spec",))
 

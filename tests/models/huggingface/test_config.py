@@ -41,8 +41,14 @@ def test_absent_keys_have_the_defaults_of_llama():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "lama"}, r"model_type='lama' is not supported; .* \(did you mean 'llama'\?\)"),
-        ({"model_type": "gemma3"}, "model_type='gemma3' is not supported; supported: 'llama', 'mistral', 'qwen2'"),
+        (
+            {"model_type": "lama"},
+            r"model_type='lama' is not supported; .* \(did you mean 'llama'\?\)",
+        ),
+        (
+            {"model_type": "gemma3"},
+            "supported: 'llama', 'mistral', 'qwen2', 'qwen3'",
+        ),
         ({"model_type": ...}, "model_type=None is not supported"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"mlp_bias": True}, "mlp_bias=True is not supported"),

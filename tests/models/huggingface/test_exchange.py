@@ -25,7 +25,7 @@ from qtale_jax.models.specification import (
 
 pytestmark = pytest.mark.slow
 
-NAMES = ("llama2", "llama3_1", "grouped", "tied", "qwen2", "mistral")
+NAMES = ("llama2", "llama3_1", "grouped", "tied", "qwen2", "mistral", "qwen3")
 STORED = {"grouped": "float16", "tied": "bfloat16"}
 TIED = ("tied", "qwen2")
 

@@ -20,8 +20,7 @@ from qtale_jax.models.huggingface.families import FAMILIES, FULL, SLIDING
 from qtale_jax.models.policy import Dense
 from qtale_jax.models.specification import LINEARS, ModelSpecification, QuantizationSpecification, TensorFormat
 
-NAMES = ("qwen2", "mistral")
-BIASED = ("qwen2",)
+NAMES = ("qwen2", "mistral", "qwen3")
 
 SIZES = {
     "vocab_size": 8,
@@ -45,6 +44,7 @@ def architectures(golden):
 def test_the_golden_models_have_what_their_family_adds(architectures):
     assert architectures["qwen2"].biases == ("query", "key", "value")
     assert architectures["mistral"].sliding_window == 7
+    assert architectures["qwen3"].query_key_norm and architectures["qwen3"].head_dim == 16
     assert all(architecture.family == name for name, architecture in architectures.items())
 
 
@@ -103,6 +103,8 @@ def test_a_written_config_is_read_by_both(family):
     ("family", "changes", "message"),
     [
         ("qwen2", {"attention_bias": True}, "attention_bias=True is not supported"),
+        ("qwen3", {"attention_bias": True}, "attention_bias=True is not supported"),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 1}, "a sliding window to some of 3 layers"),
         ("mistral", {"sliding_window": 0}, "sliding_window=0; allowed: null or a positive integer"),
         ("mistral", {"sliding_window": True}, "sliding_window=True; allowed: null or a positive integer"),
         (
@@ -136,6 +138,7 @@ def test_unsupported_configs_are_refused(family, changes, message):
         ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "layer_types": [SLIDING] * 3}, 5),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "layer_types": [FULL] * 3}, None),
         ("qwen2", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, None),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}, 5),
     ],
 )
 def test_windows_are_read_and_written(family, changes, window):
@@ -145,7 +148,7 @@ def test_windows_are_read_and_written(family, changes, window):
     assert found.sliding_window == window
     config = config_for(ModelSpecification(architecture=found), None, "float32", {})
     assert architecture_from(config, "config.json") == found
-    if family == "qwen2":
+    if family.startswith("qwen"):
         theirs = transformers.AutoConfig.for_model(**config)
         assert theirs.layer_types == [FULL if window is None else SLIDING] * 3
         assert theirs.sliding_window == window
@@ -177,9 +180,9 @@ def test_a_model_without_a_past_and_fewer_layers(architectures, filled, raw, gol
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BIASED)
+@pytest.mark.parametrize("name", ("qwen2", "qwen3"))
 @pytest.mark.parametrize("quantized", [None, "awq"])
-def test_quantized_models_are_written_with_their_biases(architectures, filled, raw, tmp_path, name, quantized):
+def test_quantized_models_keep_what_their_family_adds(architectures, filled, raw, tmp_path, name, quantized):
     architecture = architectures[name]
     form = TensorFormat(bits=4, group_size=16)
     formats = {f"{layer}/{linear}": form for layer in range(architecture.num_layers) for linear in LINEARS}
@@ -188,8 +191,9 @@ def test_quantized_models_are_written_with_their_biases(architectures, filled, r
     params = filled(spec)
     artifact.save_model(tmp_path / "model", spec, params)
     to_huggingface(tmp_path / "model", tmp_path / "hf", quantized=quantized)
-    bias = raw(tmp_path / "hf")["model.layers.1.self_attn.k_proj.bias"]
-    assert bias[:2] == ("F16" if quantized else "F32", (16,))
+    added = {"qwen2": "k_proj.bias", "qwen3": "k_norm.weight"}[name]
+    stored = raw(tmp_path / "hf")[f"model.layers.1.self_attn.{added}"]
+    assert stored[:2] == ("F16" if quantized else "F32", (16,))
     again = read_huggingface(tmp_path / "hf")
     assert (again.spec.quantization is None) == (quantized is None)
     read = nest({path: jnp.asarray(leaf.read()) for path, leaf in flatten(again.params).items()})
