@@ -133,9 +133,7 @@ def batches(rows: Sequence[Row], batch_size: int) -> Iterator[tuple[np.ndarray, 
 
 
 def padded_length(length: int) -> int:
-    """The length class of a row: 24, 32, 48, 64, 96, ...: few shapes to compile, about a third of padding at most."""
-    if length <= 24:
-        return 24
+    """The length class of a row: 16, 24, 32, 48, 64, ...: few shapes to compile, about a third of padding at most."""
     size = 16
     while size < length:
         if size * 3 // 2 >= length:

@@ -22,8 +22,8 @@ class Rounded(NamedTuple):
     zero_points: Int8[Array, "g o"] | None
 
 
-def validate(format: TensorFormat, inputs: int, name: str) -> None:
-    """Checks that the groups divide the inputs of linear `name`.
+def validate(format: TensorFormat, inputs: int, name: str, key: str = "quantize.group_size") -> None:
+    """Checks that the groups divide the inputs of linear `name`; `key` is where the group size was given.
 
     Raises:
         InputError: names the linear, the group size and the number of inputs.
@@ -32,7 +32,7 @@ def validate(format: TensorFormat, inputs: int, name: str) -> None:
         divisors = [size for size in range(1, inputs + 1) if inputs % size == 0]
         closest = min(divisors, key=lambda size: abs(size - format.group_size))
         raise InputError(
-            f"quantize.group_size={format.group_size} does not divide the {inputs} inputs of {name}; "
+            f"{key}={format.group_size} does not divide the {inputs} inputs of {name}; "
             f"allowed: -1 (one group) or a divisor, the nearest is {closest}"
         )
 

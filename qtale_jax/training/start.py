@@ -16,6 +16,7 @@ from qtale_jax.models.adapt import adapt
 from qtale_jax.models.decoder import Parameters, abstract_parameters, initialize, logical_axes
 from qtale_jax.models.lora import merge_lora
 from qtale_jax.models.specification import (
+    LINEARS,
     Architecture,
     LoraSpecification,
     ModelSpecification,
@@ -24,9 +25,11 @@ from qtale_jax.models.specification import (
 )
 from qtale_jax.models.stacking import can_stack, stack_layers, stacks
 from qtale_jax.parallel.mesh import replicated, shardings
+from qtale_jax.quantization.rounding import validate
 from qtale_jax.training.aim import routed_share
 from qtale_jax.training.dropping import drop_layers, layers_to_keep
 from qtale_jax.training.optimizer import Flat, flatten, nest, optimizer_shardings, partition
+from qtale_jax.training.quantization_aware import formats_of
 from qtale_jax.training.step import TrainState, initial_state
 
 
@@ -113,6 +116,7 @@ def starting_model(
             f"data.length={config.data.length} is longer than the model's context, "
             f"{spec.architecture.max_length} tokens"
         )
+    _check_formats(config, spec.architecture)
     lora = None
     if config.lora is not None and config.train.parameters == "adapters":
         lora = LoraSpecification(**config.lora.model_dump())
@@ -137,6 +141,14 @@ def _check_quantized(config: Config, spec: ModelSpecification) -> None:
         raise InputError(f"{found}, its routers too, so they cannot be trained; allowed: quantize.router_bits=16")
     if not can_stack(spec):
         raise InputError(f"{found} in different formats from layer to layer, which training cannot stack")
+
+
+def _check_formats(config: Config, architecture: Architecture) -> None:
+    """The groups of every format that is trained for divide the inputs of every linear."""
+    for format in formats_of(config.train.quantization_aware):
+        for name in LINEARS:
+            key = "train.quantization_aware.formats: group_size"
+            validate(format, architecture.linear_shape(name)[0], name, key)
 
 
 def prepare(config: Config, mesh: Mesh, key: jax.Array) -> Start:

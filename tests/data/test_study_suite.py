@@ -45,7 +45,7 @@ def answer_rank(query: str) -> str:
 
 def answer_boolean(query: str) -> str:
     """What Python says once every step from the left has its parentheses."""
-    words = query.removesuffix(" =").replace("not true", "False").replace("not false", "True")
+    words = query.removesuffix(" =").replace("not true", "False").replace("not false", "True").replace("xor", "^")
     first, *rest = words.replace("true", "True").replace("false", "False").split()
     expression = first
     for operator, literal in zip(rest[::2], rest[1::2], strict=True):
@@ -57,7 +57,7 @@ def answer_keep(query: str) -> str:
     (direction, threshold), numbers = sides(query)
     offsets = numbers - int(threshold)
     kept = numbers[offsets < 0 if direction == "below" else offsets > 0]
-    assert len(kept) == 5
+    assert len(kept) == 3
     return text_of(kept)
 
 
@@ -178,7 +178,7 @@ def test_words_are_in_the_vocabulary_all_are_used_and_sequences_are_short(exampl
             used |= set(words)
             longest = max(longest, len(words) + 2)  # <s> and </s>
     assert used == set(STUDY.words) - {"<pad>", "<s>", "</s>"}
-    assert longest == STUDY.max_tokens == 25
+    assert longest == STUDY.max_tokens == 16
 
 
 def test_the_tokenizer_is_that_of_the_suite() -> None:
@@ -197,8 +197,8 @@ def test_generator_is_stable_across_versions() -> None:
     assert reasoning.generate("rank", 1, seed=0, suite="study") == [
         {
             "task": "rank",
-            "query": "second largest 16 36 27 8 44 23 53 4 58 =",
-            "choices": ["58", "36", "53", "44"],
+            "query": "second largest 16 36 27 8 44 23 =",
+            "choices": ["44", "23", "36", "27"],
             "gold": 2,
         }
     ]

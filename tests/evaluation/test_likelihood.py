@@ -148,5 +148,5 @@ def test_every_row_is_in_one_batch_of_its_length_class(sizes, batch_size):
 
 def test_length_classes_are_few_and_tight():
     classes = [padded_length(n) for n in range(1, 4097)]
-    assert classes == sorted(classes) and sorted(set(classes))[:6] == [24, 32, 48, 64, 96, 128]
-    assert all(n <= size and (size == 24 or size <= 1.5 * n) for n, size in enumerate(classes, 1))
+    assert classes == sorted(classes) and sorted(set(classes))[:6] == [16, 24, 32, 48, 64, 96]
+    assert all(n <= size and (size == 16 or size <= 1.5 * n) for n, size in enumerate(classes, 1))

@@ -86,3 +86,12 @@ def test_what_cannot_be_trained_is_refused(configured, quantized, storage, secti
     with pytest.raises(InputError, match=message):
         train(config, quiet=True)
     assert not Path(config.output).exists()
+
+
+def test_groups_to_train_for_have_to_divide_the_linears_of_the_parent(configured):
+    parent = Path(configured("parent").output) / "trained"
+    train_section = {"quantization_aware": {"formats": [{"bits": 4}, {"bits": 2, "group_size": 7}]}}
+    config = configured("undivided", model={"path": str(parent)}, train=train_section)
+    with pytest.raises(InputError, match=r"^train\.quantization_aware\.formats: group_size=7 does not divide the 16"):
+        train(config, quiet=True)
+    assert not Path(config.output).exists()

@@ -25,12 +25,12 @@ from qtale_jax.data.reasoning.tasks import (
 
 NUM_VALUES = 64
 NUM_CHOICES = 4
-MAX_TOKENS = 25
+MAX_TOKENS = 16
 """Longest sequence: <s>, query, one choice, </s>."""
 
 _ORDINALS = ("first", "second", "third", "fourth", "fifth")
 _BOOLEANS = ("false", "true")
-_OPERATORS = ("and", "or")
+_OPERATORS = ("and", "or", "xor")
 
 WORDS: tuple[str, ...] = (
     PAD,
@@ -56,8 +56,8 @@ def _with_swaps(rng: np.random.Generator, task: str, query: str, right: list[int
 
 
 def rank(rng: np.random.Generator) -> Example:
-    """Asks for the first to fifth largest or smallest of nine numbers; wrong choices are the nearest in rank."""
-    values = _distinct(rng, 9)
+    """Asks for the first to fifth largest or smallest of six numbers; wrong choices are the nearest in rank."""
+    values = _distinct(rng, 6)
     position, largest = int(rng.integers(len(_ORDINALS))), bool(rng.integers(2))
     ordered = sorted(values, reverse=largest)
     others = sorted((i for i in range(len(ordered)) if i != position), key=lambda i: abs(i - position))
@@ -67,16 +67,16 @@ def rank(rng: np.random.Generator) -> Example:
 
 
 def boolean(rng: np.random.Generator) -> Example:
-    """Asks for the value of nine literals joined by "and" and "or", from left to right; up to four are negated."""
-    literals, operators = rng.integers(2, size=9).tolist(), rng.integers(2, size=8).tolist()
-    negated = set(rng.permutation(9)[: int(rng.integers(5))].tolist())
+    """Asks for the value of five literals joined by "and", "or", "xor", from left to right; up to three are negated."""
+    literals, operators = rng.integers(2, size=5).tolist(), rng.integers(len(_OPERATORS), size=4).tolist()
+    negated = set(rng.permutation(5)[: int(rng.integers(4))].tolist())
     words: list[str] = []
     result = 0
     for i, literal in enumerate(literals):
         value = literal ^ (i in negated)
         if i:
             words.append(_OPERATORS[operators[i - 1]])
-            value = result & value if words[-1] == "and" else result | value
+            value = {"and": result & value, "or": result | value, "xor": result ^ value}[words[-1]]
         result = value
         words += ["not"] * (i in negated) + [_BOOLEANS[literal]]
     right, wrong = ("yes", "no") if result else ("no", "yes")
@@ -84,33 +84,33 @@ def boolean(rng: np.random.Generator) -> Example:
 
 
 def sort(rng: np.random.Generator) -> Example:
-    """Asks for seven numbers in rising order; wrong choices exchange the neighbours that are closest in value."""
-    values = _distinct(rng, 7)
+    """Asks for six numbers in rising order; wrong choices exchange the neighbours that are closest in value."""
+    values = _distinct(rng, 6)
     right = sorted(values)
-    places = sorted(range(6), key=lambda i: right[i + 1] - right[i])
+    places = sorted(range(5), key=lambda i: right[i + 1] - right[i])
     return _with_swaps(rng, "sort", f"sort {as_text(values)} =", right, places)
 
 
 def keep(rng: np.random.Generator) -> Example:
-    """`keep_among`: five of ten numbers."""
-    return keep_among(rng, _distinct(rng, 10), 5)
+    """`keep_among`: three of six numbers."""
+    return keep_among(rng, _distinct(rng, 6), 3)
 
 
 def without(rng: np.random.Generator) -> Example:
-    """`without_among`: nine numbers less five."""
-    return without_among(rng, _distinct(rng, 9), 5)
+    """`without_among`: five numbers less two."""
+    return without_among(rng, _distinct(rng, 5), 2)
 
 
 def total(rng: np.random.Generator) -> Example:
-    """Asks for the sum of six numbers from 0 to 9."""
-    values = rng.integers(10, size=6).tolist()
-    return among_neighbours(rng, "sum", f"sum {as_text(values)} =", sum(values), 54)
+    """Asks for the sum of five numbers from 0 to 9."""
+    values = rng.integers(10, size=5).tolist()
+    return among_neighbours(rng, "sum", f"sum {as_text(values)} =", sum(values), 45)
 
 
 def nearest(rng: np.random.Generator) -> Example:
-    """Asks which of nine numbers is nearest to a given one; ties are not asked."""
+    """Asks which of six numbers is nearest to a given one; ties are not asked."""
     while True:
-        target, *values = _distinct(rng, 10)
+        target, *values = _distinct(rng, 7)
         ordered = sorted(values, key=lambda value: abs(value - target))
         if abs(ordered[0] - target) < abs(ordered[1] - target):
             break
@@ -119,31 +119,31 @@ def nearest(rng: np.random.Generator) -> Example:
 
 
 def reverse(rng: np.random.Generator) -> Example:
-    """Asks for eight numbers from the last to the first; wrong choices exchange two neighbours."""
-    values = _distinct(rng, 8)
-    places = rng.permutation(7).tolist()
+    """Asks for six numbers from the last to the first; wrong choices exchange two neighbours."""
+    values = _distinct(rng, 6)
+    places = rng.permutation(5).tolist()
     return _with_swaps(rng, "reverse", f"reverse {as_text(values)} =", values[::-1], places)
 
 
 def median(rng: np.random.Generator) -> Example:
-    """Asks for the middle one of seven numbers; wrong choices are the nearest in rank."""
-    values = _distinct(rng, 7)
+    """Asks for the middle one of five numbers; wrong choices are the nearest in rank."""
+    values = _distinct(rng, 5)
     ordered = sorted(values)
-    wrong = [str(ordered[i]) for i in (2, 4, 1 if rng.integers(2) else 5)]
-    return with_choices(rng, "median", f"median {as_text(values)} =", str(ordered[3]), wrong)
+    wrong = [str(ordered[i]) for i in (1, 3, 0 if rng.integers(2) else 4)]
+    return with_choices(rng, "median", f"median {as_text(values)} =", str(ordered[2]), wrong)
 
 
 def rotate(rng: np.random.Generator) -> Example:
-    """Asks for seven numbers with the first few moved to the end; wrong choices exchange two neighbours."""
-    values = _distinct(rng, 7)
-    shift = int(rng.integers(1, 7))
-    places = rng.permutation(6).tolist()
+    """Asks for five numbers with the first few moved to the end; wrong choices exchange two neighbours."""
+    values = _distinct(rng, 5)
+    shift = int(rng.integers(1, 5))
+    places = rng.permutation(4).tolist()
     return _with_swaps(rng, "rotate", f"rotate {shift} : {as_text(values)} =", values[shift:] + values[:shift], places)
 
 
 def spread(rng: np.random.Generator) -> Example:
-    """Asks for the largest less the smallest of six numbers."""
-    values = _distinct(rng, 6)
+    """Asks for the largest less the smallest of five numbers."""
+    values = _distinct(rng, 5)
     return among_neighbours(rng, "spread", f"spread {as_text(values)} =", max(values) - min(values), NUM_VALUES - 1)
 
 

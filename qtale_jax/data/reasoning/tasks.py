@@ -176,7 +176,7 @@ def without_among(rng: np.random.Generator, values: list[int], num_named: int) -
         return as_text([value for value in values if value == into or (value in stays and value != out)])
 
     outgoing = rng.permutation(len(stays)).tolist()
-    wrong = [exchange(stays[i], named[i]) for i in outgoing[:2]]
+    wrong = [exchange(stays[i], named[i % num_named]) for i in outgoing[:2]]
     wrong.append(as_text(swapped(stays, int(rng.integers(len(stays) - 1)))))
     return with_choices(rng, "without", f"without {as_text(named)} : {as_text(values)} =", as_text(stays), wrong)
 
