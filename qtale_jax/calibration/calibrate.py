@@ -40,7 +40,13 @@ def search(model: LoadedModel, config: Config, records: list[Record]) -> Found:
     """Finds theta for a loaded, routed model."""
     settings, spec = config.calibrate, model.spec
     params = layout(spec, model.params)
-    rows = likelihood_rows(records, model.tokenizer, config)
+    choices = [record for record in records if isinstance(record, Choice)]
+    # The rows that evaluation runs: with every choice, since tokens of answers execute more than those of questions.
+    rows, owners = (
+        choice_rows(choices, model.tokenizer)
+        if choices
+        else (likelihood_rows(records, model.tokenizer, config), None)
+    )
     batch = {"batch_size": config.evaluate.batch_size, "compute_dtype": jnp.dtype(config.train.compute_dtype)}
     if settings.objective == "ratio":
         return search_ratio(
@@ -49,11 +55,9 @@ def search(model: LoadedModel, config: Config, records: list[Record]) -> Found:
             settings.tolerance,
             settings.max_threshold,
         )
-    choices = [record for record in records if isinstance(record, Choice)]
-    options, owners = choice_rows(choices, model.tokenizer) if choices else (rows, None)
 
     def quality(theta: float) -> tuple[float, float]:
-        found = likelihoods(spec, params, options, inference_policy(spec, theta), **batch)
+        found = likelihoods(spec, params, rows, inference_policy(spec, theta), **batch)
         if owners is None:  # a difference of this logarithm is a difference in percent of nats
             return -100 * math.log(nats_per_token(found)[0]), found.executed_ratio
         return 100 * score_choices(choices, owners, found, config.evaluate.normalize).mean, found.executed_ratio

@@ -14,7 +14,6 @@ PRESETS: dict[str, dict[str, Any]] = {
             "entropy_weight": 0.03,
             "entropy_schedule": "anneal",
             "noise_schedule": "anneal",
-            "eviction_gradient": False,
         },
         "train": {
             "distillation": {"weight": 1.0},
