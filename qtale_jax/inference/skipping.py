@@ -1,0 +1,151 @@
+"""One layer that computes only what executes it: compaction into the smallest of a few static sizes.
+
+In decode the rows of a batch that execute a layer are gathered, in prefill the tokens of each row; the layer runs on
+them and its results go back to where they came from. How many there are is known only at run time, so `lax.switch`
+chooses among programs for fixed sizes, 0 and all among them: nothing is compiled again, and a layer that nobody
+executes is not run at all. (`vmap` of a `lax.cond` would compute both branches for everyone.)
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Int32
+
+from qtale_jax.inference.paged_attention import Fresh, Kept, attend_pages
+from qtale_jax.inference.pages import stored
+from qtale_jax.models.decoder import Block
+from qtale_jax.models.rotary import rotary_tables
+
+ROWS, TOKENS = 0, 1
+"""Axes of (batch, length, ...) that are compacted: rows in decode, tokens in prefill."""
+
+ROW_SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
+"""Sizes for the rows of a batch, as shares of it, besides 0."""
+
+TOKEN_SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 1.0)
+"""Sizes for the tokens of a row, as shares of its length, besides 0."""
+
+
+def sizes(total: int, shares: tuple[float, ...]) -> tuple[int, ...]:
+    """Ascending static sizes: 0 and the shares of `total`, rounded up."""
+    return (0, *sorted({max(1, -int(-total * share // 1)) for share in shares}))
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """Where the entries that execute stand along one axis, and how to take them out and put them back."""
+
+    execute: Bool[Array, "b t"]
+    order: Int[Array, "b t"]
+    rank: Int[Array, "b t"]
+    axis: int
+
+    @classmethod
+    def of(cls, execute: Bool[Array, "b t"], axis: int) -> "Compaction":
+        """Entries that execute come first, in their order."""
+        order = jnp.argsort(~execute, axis=axis, stable=True)
+        return cls(execute, order, jnp.maximum(jnp.cumsum(execute, axis=axis, dtype=jnp.int32) - 1, 0), axis)
+
+    @property
+    def most(self) -> Int32[Array, ""]:
+        """Entries that have to fit."""
+        return jnp.max(jnp.sum(self.execute, axis=self.axis, dtype=jnp.int32))
+
+    def gather(self, x: Array, size: int) -> Array:
+        """The first `size` entries of x, those that execute before all others."""
+        index = jax.lax.slice_in_dim(self.order, 0, size, axis=self.axis)
+        return jnp.take_along_axis(x, _expanded(index, x.ndim), axis=self.axis)
+
+    def spread(self, x: Array, rest: Array) -> Array:
+        """Entries that execute from x, where `gather` has put them, all others from `rest`."""
+        found = jnp.take_along_axis(x, _expanded(self.rank, x.ndim), axis=self.axis, mode="clip")
+        return jnp.where(_expanded(self.execute, x.ndim), found, rest)
+
+
+def _expanded(x: Array, ndim: int) -> Array:
+    return x.reshape(x.shape + (1,) * (ndim - x.ndim))
+
+
+def run_compact(
+    block: Block,
+    hidden: Float[Array, "b t d"],
+    positions: Int32[Array, "b t"],
+    present: Bool[Array, "b t"],
+    execute: Bool[Array, "b t"],
+    kept: Kept,
+    *,
+    axis: int,
+    sizes: tuple[int, ...],
+) -> tuple[Float[Array, "b t d"], Fresh]:
+    """Runs one layer for the entries that execute it.
+
+    Args:
+        block: the layer.
+        hidden: residual stream.
+        positions: of the tokens.
+        present: tokens that are not padding.
+        execute: tokens that execute; present ones.
+        kept: what the layer keeps of earlier tokens.
+        axis: `ROWS` (t is 1) or `TOKENS`.
+        sizes: numbers of rows, or of tokens in a row, that there are programs for; the last is all of them.
+
+    Returns:
+        The residual stream afterwards, and keys and values of what the layer is to keep now. Along `TOKENS` they may
+        stand in another order than the tokens; their positions ascend.
+    """
+    compaction = Compaction.of(execute, axis)
+    dtype = kept.pool.dtype
+    window = block.attention.architecture.sliding_window
+
+    def project(hidden: Array, positions: Array):
+        tables = rotary_tables(block.attention.architecture, positions)
+        query, key, value = block.attention.project(block.attention_norm(hidden), tables, (None,) * 3)
+        return query, stored(key, dtype), stored(value, dtype)
+
+    # Without eviction tokens that skip leave keys and values too, so these are computed for all.
+    everything = None if block.eviction else Fresh(*project(hidden, positions)[1:], positions, present)
+
+    def run(size: int) -> tuple[Array, Fresh]:
+        whole = size == execute.shape[axis]
+        take: Callable[[Array], Array] = (
+            (lambda x: x) if whole else functools.partial(compaction.gather, size=size)
+        )
+        here = take(hidden)
+        at = take(positions)
+        query, key, value = project(here, at)
+        own = Fresh(key, value, at, take(execute))
+        seen, pages = own, kept
+        if everything is not None:
+            seen = everything if axis == TOKENS else jax.tree.map(take, everything)
+        if axis == ROWS and not whole:
+            index = compaction.order[:size, 0]
+            pages = Kept(kept.pool, kept.table[index], kept.counts[index])
+        if axis == ROWS:
+            # Rows that only fill up should not make the loop over pages longer.
+            pages = Kept(pages.pool, pages.table, jnp.where(own.kept[:, 0], pages.counts, 0))
+        attended = attend_pages(query, at, seen, pages, window).reshape(*here.shape[:2], -1)
+        out = here + block.attention.output(attended)
+        out = out + block.mlp(block.mlp_norm(out), (None,) * 3)
+        if whole:
+            return jnp.where(execute[:, :, None], out, hidden), own
+        return compaction.spread(out, hidden), _full(compaction, own, size)
+
+    def skip() -> tuple[Array, Fresh]:
+        shape = jax.eval_shape(lambda: run(execute.shape[axis])[1])
+        return hidden, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
+
+    branches = [skip if size == 0 else functools.partial(run, size) for size in sizes]
+    chosen = jnp.searchsorted(jnp.asarray(sizes, jnp.int32), compaction.most)
+    hidden, own = jax.lax.switch(chosen, branches)
+    return hidden, own if everything is None else everything
+
+
+def _full(compaction: Compaction, own: Fresh, size: int) -> Fresh:
+    """Compact keys and values in the shape that all branches return."""
+    if compaction.axis == ROWS:
+        return jax.tree.map(lambda leaf: compaction.spread(leaf, jnp.zeros((), leaf.dtype)), own)
+    missing = compaction.execute.shape[TOKENS] - size
+    return jax.tree.map(lambda leaf: jnp.pad(leaf, [(0, 0), (0, missing)] + [(0, 0)] * (leaf.ndim - 2)), own)
