@@ -7,7 +7,7 @@ from qtale_jax.command import STAGES, parse, run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints each continuation with the executed share of layers."""
+    """Prints each continuation with the executed share of layers and the size of its KV cache."""
     config = parse("generate", STAGES["generate"], argv)
     from qtale_jax import paths
     from qtale_jax.model import load
@@ -16,11 +16,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load(Path(settings.model or paths.newest(config)), compute_dtype=config.train.compute_dtype)
     prompts = settings.prompts or ("",)
     found = model.generate(
-        prompts, settings.max_new_tokens, settings.temperature, settings.top_p, config.seed, settings.kv_cache
+        prompts,
+        settings.max_new_tokens,
+        settings.temperature,
+        settings.top_p,
+        config.seed,
+        settings.kv_cache,
+        settings.engine,
     )
     for prompt, generation in zip(prompts, found, strict=True):
         print(f"{prompt}{generation.text}")
-        print(f"[{len(generation.tokens)} tokens, {generation.executed_ratio:.3f} of all layers executed]")
+        executed, held = generation.executed_ratio, generation.kv_bytes / 1e3
+        print(f"[{len(generation.tokens)} tokens, {executed:.3f} of all layers executed, {held:,.1f} kB of KV cache]")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The public model: what a notebook loads, asks, and saves again."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +14,10 @@ from qtale_jax.artifact import LoadedModel, load_model, save_model
 from qtale_jax.data.tokens import encode, encode_pairs
 from qtale_jax.errors import InputError
 from qtale_jax.evaluation.likelihood import Row, likelihoods, padded_length
-from qtale_jax.inference.generation import generate
+from qtale_jax.inference.generation import Generated, empty_caches, generate
 from qtale_jax.inference.policies import inference_policy
+from qtale_jax.inference.streaming import Options, Progress, joined, stream
+from qtale_jax.models.cache import cache_bytes
 from qtale_jax.models.decoder import Parameters
 from qtale_jax.models.forward import Output, Routing, forward
 from qtale_jax.models.policy import Policy
@@ -26,14 +28,21 @@ _forward = jax.jit(forward, static_argnames=("spec", "compute_dtype", "remat"))
 KV_CACHES = {"float": None, "int8": jnp.dtype(jnp.int8)}
 """Forms of the KV cache and their types; None: the type of activations."""
 
+ENGINES = ("skip", "masked")
+"""Ways to generate: computing what executes, or everything (the reference)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A continuation: its text and tokens, and the executed share of all layers over prompt and new tokens."""
+    """A continuation: its text and tokens, the executed share of all layers over prompt and new tokens, its KV bytes.
+
+    With the skipping engine `kv_bytes` are those of the pages that the continuation has at its end.
+    """
 
     text: str
     tokens: list[int]
     executed_ratio: float
+    kv_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,18 +97,117 @@ class Model:
         top_p: float = 1.0,
         seed: int = 0,
         kv_cache: Literal["float", "int8"] = "float",
+        engine: Literal["skip", "masked"] = "skip",
     ) -> list[Generation]:
         """Continues each prompt; greedy at temperature 0, otherwise nucleus sampling.
 
         `kv_cache` is the form of cached keys and values: the type of activations, or int8 with one float32 scale per
-        token and KV head, close to half of the bytes of bfloat16.
+        token and KV head, close to half of the bytes of bfloat16. `engine` is "skip", which computes and keeps only
+        what executes, or "masked", the reference that computes everything and gives the same tokens.
 
         Raises:
-            InputError: no tokenizer, max_new_tokens < 1, top_p outside (0, 1], an unknown kv_cache, or prompt plus
-                continuation longer than the context.
+            InputError: no tokenizer, max_new_tokens < 1, top_p outside (0, 1], an unknown kv_cache or engine, or prompt
+                plus continuation longer than the context.
         """
+        if engine not in ENGINES:
+            raise InputError(f"generate: engine={engine!r}; allowed: {' or '.join(map(repr, ENGINES))}")
         if not prompts:
             return []
+        if engine == "skip":
+            ids, chunks = self._stream(prompts, max_new_tokens, temperature, top_p, seed, kv_cache)
+            out = joined(list(chunks))
+            execute, size = out.execute, out.row_bytes
+        else:
+            ids, out, size = self._masked(prompts, max_new_tokens, temperature, top_p, seed, kv_cache)
+            execute = out.new_execute
+        found = []
+        for row, prompt in enumerate(ids):
+            count = int(out.counts[row])
+            new = out.tokens[row, :count].tolist()
+            # The last token is never run, so it has executed nothing and is not counted.
+            taken = [out.prompt_execute[row, : len(prompt)], execute[row, : max(count - 1, 0)]]
+            text = self.tokenizer.decode(new, skip_special_tokens=True)
+            found.append(Generation(text, new, float(np.concatenate(taken).mean()), int(size[row])))
+        return found
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        kv_cache: Literal["float", "int8"] = "float",
+        chunk: int = 16,
+    ) -> Iterator[list[str]]:
+        """As `generate` with the skipping engine: yields what every `chunk` tokens add to the text of each prompt.
+
+        Raises:
+            InputError: as `generate`.
+        """
+        if not prompts:
+            return iter(())
+        _, chunks = self._stream(prompts, max_new_tokens, temperature, top_p, seed, kv_cache, chunk)
+        return self._pieces(chunks, len(prompts))
+
+    def _pieces(self, chunks: Iterator[Progress], count: int) -> Iterator[list[str]]:
+        ids, given = [[] for _ in range(count)], [""] * count
+        for chunk in chunks:
+            pieces = []
+            for row in range(count):
+                ids[row] += chunk.tokens[row, : chunk.counts[row]].tolist()
+                text = self.tokenizer.decode(ids[row], skip_special_tokens=True)
+                # The bytes of a character may come in several tokens; an unfinished one waits for the rest.
+                whole = text if chunk.finished else text.rstrip("\ufffd")
+                pieces.append(whole[len(given[row]) :])
+                given[row] = whole
+            yield pieces
+
+    def _stream(
+        self, prompts, max_new_tokens, temperature, top_p, seed, kv_cache, chunk=32
+    ) -> tuple[list[list[int]], Iterator[Progress]]:
+        ids, tokens = self._encoded(prompts, max_new_tokens, temperature, top_p, kv_cache)
+        stop = self.tokenizer.eos_token_id
+        return ids, stream(
+            self.spec.structure,
+            self.params,
+            tokens,
+            np.asarray([len(prompt) for prompt in ids], np.int32),
+            inference_policy(self.spec),
+            jax.random.key(seed),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            stop_id=-1 if stop is None else stop,
+            options=Options(chunk=chunk, compute_dtype=jnp.dtype(self.compute_dtype), cache_dtype=KV_CACHES[kv_cache]),
+        )
+
+    def _masked(
+        self, prompts, max_new_tokens, temperature, top_p, seed, kv_cache
+    ) -> tuple[list[list[int]], Generated, list[int]]:
+        ids, tokens = self._encoded(prompts, max_new_tokens, temperature, top_p, kv_cache)
+        stop = self.tokenizer.eos_token_id
+        dtype = jnp.dtype(self.compute_dtype)
+        out = generate(
+            self.spec.structure,
+            self.params,
+            jnp.asarray(tokens),
+            jnp.asarray([len(prompt) for prompt in ids], jnp.int32),
+            inference_policy(self.spec),
+            jax.random.key(seed),
+            jnp.float32(temperature),
+            jnp.float32(top_p),
+            jnp.int32(-1 if stop is None else stop),
+            max_new_tokens=max_new_tokens,
+            compute_dtype=dtype,
+            cache_dtype=KV_CACHES[kv_cache],
+        )
+        slots = tokens.shape[1] + max_new_tokens
+        one = jax.eval_shape(lambda: empty_caches(self.spec, 1, slots, KV_CACHES[kv_cache] or dtype))
+        return ids, jax.device_get(out), [cache_bytes(one)] * len(ids)
+
+    def _encoded(self, prompts, max_new_tokens, temperature, top_p, kv_cache) -> tuple[list[list[int]], np.ndarray]:
+        """Token ids of the prompts, alone and right-padded, once all arguments are known to be possible."""
         if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
             raise InputError("generate needs max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1")
         if kv_cache not in KV_CACHES:
@@ -115,32 +223,7 @@ class Model:
         tokens = np.zeros((len(ids), padded_length(longest)), np.int32)
         for row, prompt in enumerate(ids):
             tokens[row, : len(prompt)] = prompt
-        stop = self.tokenizer.eos_token_id
-        out = jax.device_get(
-            generate(
-                self.spec.structure,
-                self.params,
-                jnp.asarray(tokens),
-                jnp.asarray([len(prompt) for prompt in ids], jnp.int32),
-                inference_policy(self.spec),
-                jax.random.key(seed),
-                jnp.float32(temperature),
-                jnp.float32(top_p),
-                jnp.int32(-1 if stop is None else stop),
-                max_new_tokens=max_new_tokens,
-                compute_dtype=jnp.dtype(self.compute_dtype),
-                cache_dtype=KV_CACHES[kv_cache],
-            )
-        )
-        return [self._generation(out, row, len(prompt)) for row, prompt in enumerate(ids)]
-
-    def _generation(self, out: Any, row: int, prompt_length: int) -> Generation:
-        count = int(out.counts[row])
-        new = out.tokens[row, :count].tolist()
-        # The last token is never run, so it has executed nothing and is not counted.
-        taken = [out.prompt_execute[row, :prompt_length], out.new_execute[row, : max(count - 1, 0)]]
-        ratio = float(np.concatenate(taken).mean())
-        return Generation(self.tokenizer.decode(new, skip_special_tokens=True), new, ratio)
+        return ids, tokens
 
     def score(self, pairs: Sequence[tuple[str, str]], batch_size: int = 16) -> list[Score]:
         """Scores each (context, continuation).

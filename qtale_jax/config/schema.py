@@ -451,6 +451,9 @@ class GenerateConfig(Section):
     kv_cache: Literal["float", "int8"] = Field(
         default="float", description="cached keys and values: float, as activations; int8, rounded per token and head"
     )
+    engine: Literal["skip", "masked"] = Field(
+        default="skip", description="skip: only what executes is computed and kept; masked: the reference, for checks"
+    )
 
 
 class ExperimentConfig(Section):

@@ -39,9 +39,7 @@ def first_token(
     return choose(logits, rows.key, rows.count, rows.temperature, rows.top_p)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("spec", "chunk", "compute_dtype"), donate_argnames=("cache", "rows")
-)
+@functools.partial(jax.jit, static_argnames=("spec", "chunk", "compute_dtype"), donate_argnames=("cache", "rows"))
 def decode(
     spec: ModelSpecification,
     params: Parameters,

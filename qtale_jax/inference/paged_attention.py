@@ -52,12 +52,8 @@ class _Running:
         """With more keys; scores of those that are not seen are `HIDDEN`."""
         top = jnp.maximum(self.top, jnp.max(scores, axis=-1))
         weights, rescale = jnp.exp(scores - top[..., None]), jnp.exp(self.top - top)
-        part = jnp.einsum(
-            "bkgcs,bskd->bkgcd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
-        )
-        return _Running(
-            top, self.mass * rescale + jnp.sum(weights, axis=-1), self.total * rescale[..., None] + part
-        )
+        part = jnp.einsum("bkgcs,bskd->bkgcd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+        return _Running(top, self.mass * rescale + jnp.sum(weights, axis=-1), self.total * rescale[..., None] + part)
 
 
 def attend_pages(
@@ -87,12 +83,11 @@ def attend_pages(
         found = jnp.einsum("bckgd,bskd->bkgcs", grouped, key, preferred_element_type=jnp.float32) * width**-0.5
         return jnp.where(visible[:, None, None], found, HIDDEN)
 
-    def near(keys: Int32[Array, "b s"]) -> Bool[Array, "b c s"]:
-        return positions[:, :, None] - keys[:, None, :] < window
+    def inside(visible: Bool[Array, "b _ s"], keys: Int32[Array, "b s"]) -> Bool[Array, "b _ s"]:
+        return visible if window is None else visible & (positions[:, :, None] - keys[:, None, :] < window)
 
     seen = fresh.kept[:, None, :] & (fresh.positions[:, None, :] <= positions[:, :, None])
-    if window is not None:
-        seen = seen & near(fresh.positions)
+    seen = inside(seen, fresh.positions)
     shape = (batch, groups, heads // groups, length)
     empty = _Running(
         jnp.full(shape, HIDDEN, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, width), jnp.float32)
@@ -108,9 +103,7 @@ def attend_pages(
         part = jax.tree.map(lambda leaf: leaf[pages].reshape(batch, at_once * page, *leaf.shape[2:]), kept.pool)
         slot = turn * at_once * page + jnp.arange(at_once * page, dtype=jnp.int32)
         filled = slot[None, :] < kept.counts[:, None]
-        visible = filled[:, None, :]
-        if window is not None:
-            visible = visible & near(part.positions)
+        visible = inside(filled[:, None, :], part.positions)
         # A weight of 0 does not silence what another sequence may have left in the slot if that is not a number.
         value = jnp.where(filled[:, :, None, None], part.value.astype(dtype), jnp.zeros((), dtype))
         return running.joined(scores(part.key.astype(dtype), visible), value)

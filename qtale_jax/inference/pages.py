@@ -32,7 +32,7 @@ def stored(x: Float[Array, "*n d"], dtype: jnp.dtype) -> Stored:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Pool:
-    """The pages: n of them, p slots each, k KV heads of width d. What a slot holds that belongs to nobody is never seen.
+    """The pages: n of them, p slots each, k KV heads of width d. What stands in a slot of nobody's is never seen.
 
     Attributes:
         key: rotated keys.
@@ -64,7 +64,7 @@ class PagedCache:
         pool: the pages.
         order: page ids, those in use first.
         used: how many are in use.
-        table: page ids of each layer and row, in the order of the tokens; entries beyond what `counts` needs mean nothing.
+        table: page ids of each layer and row, in the order of the tokens; those beyond `counts` mean nothing.
         counts: tokens that each layer and row keeps.
     """
 

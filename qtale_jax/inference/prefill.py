@@ -1,4 +1,4 @@
-"""Prefill that skips: prompts run in chunks of one static width, and each layer sees only the tokens that execute it."""
+"""Prefill that skips: prompts run in chunks of one static width, and a layer sees only the tokens that execute it."""
 
 import functools
 

@@ -53,6 +53,4 @@ def choose(
         return jax.vmap(one)(logits, keys, counts, temperature, top_p)
 
     # Sorting a vocabulary takes as long as a layer: greedy rows do not wait for it.
-    return jax.lax.cond(
-        jnp.any(temperature > 0), draw, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    )
+    return jax.lax.cond(jnp.any(temperature > 0), draw, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))

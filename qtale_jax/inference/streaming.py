@@ -1,19 +1,21 @@
 """Generation with the skipping engine, from prompts to tokens, in chunks: what happens between compiled calls."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Int32, PRNGKeyArray
 
-from qtale_jax.inference.decode import Chunk, decode, first_token
+from qtale_jax.inference.decode import decode, first_token
 from qtale_jax.inference.growth import Growth, alive
 from qtale_jax.inference.paged_attention import BLOCK
 from qtale_jax.inference.pages import PAGE, PagedCache, empty_pages, resized
 from qtale_jax.inference.prefill import prefill
 from qtale_jax.inference.rows import Rows
+from qtale_jax.models.cache import cache_bytes
 from qtale_jax.models.decoder import Parameters
 from qtale_jax.models.policy import Policy
 from qtale_jax.models.specification import ModelSpecification
@@ -63,20 +65,24 @@ class Progress:
         tokens: (b, n) int32, -1 where a row had ended.
         execute: what they executed; nothing for a row's last token, which is not run.
         kept: tokens that each layer keeps of each row (l, b).
-        held_bytes: of the whole cache, unused pages included.
+        row_bytes: of the pages that each row has.
+        held_bytes: of the whole cache, unused pages and tables included.
         prompt_execute: what the prompts executed (b, p, l).
+        finished: all rows have ended.
     """
 
     tokens: Int32[np.ndarray, "b n"]
     execute: Bool[np.ndarray, "b n l"]
     kept: Int32[np.ndarray, "l b"]
+    row_bytes: Int[np.ndarray, " b"]
     held_bytes: int
     prompt_execute: Bool[np.ndarray, "b p l"]
+    finished: bool
 
     @property
     def counts(self) -> Int32[np.ndarray, " b"]:
         """New tokens of each row."""
-        return np.sum(self.tokens >= 0, axis=1, dtype=np.int32)
+        return (self.tokens >= 0).sum(axis=1, dtype=np.int32)
 
 
 def run_prompts(
@@ -190,8 +196,7 @@ def stream(
         temperature=jnp.full((batch,), temperature, jnp.float32),
         top_p=jnp.full((batch,), top_p, jnp.float32),
     )
-    rows = jax.tree_util.tree_map(lambda leaf: leaf, rows)
-    rows = _with_token(rows, first_token(spec, params, done.last, rows))
+    rows = dataclasses.replace(rows, token=first_token(spec, params, done.last, rows))
     ended = np.zeros(batch, np.bool_)
     counts, used = jax.device_get((cache.counts, cache.used))
     first = True
@@ -203,27 +208,22 @@ def stream(
         cache, rows, chunk = decode(
             spec, params, cache, rows, policy, chunk=options.chunk, compute_dtype=jnp.dtype(options.compute_dtype)
         )
-        found: Chunk
         found, ended, counts, used = jax.device_get((chunk, rows.done, cache.counts, cache.used))
         steps, first = int(found.steps), False
-        held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
-        yield Progress(found.tokens[:, :steps], found.execute[:, :steps], counts, held, done.execute)
+        yield Progress(
+            tokens=np.asarray(found.tokens)[:, :steps],
+            execute=np.asarray(found.execute)[:, :steps],
+            kept=counts,
+            row_bytes=np.sum(-(-counts // options.page), axis=0) * growth.bytes_per_page,
+            held_bytes=cache_bytes(cache),
+            prompt_execute=done.execute,
+            finished=bool(ended.all()),
+        )
 
 
-def _with_token(rows: Rows, token: Int32[Array, " b"]) -> Rows:
-    import dataclasses
-
-    return dataclasses.replace(rows, token=token)
-
-
-def generate_skipping(*arguments, **settings) -> Progress:
-    """All chunks of `stream` in one.
-
-    Raises:
-        ValueError: as `stream`.
-    """
-    parts = list(stream(*arguments, **settings))
-    tokens = np.concatenate([part.tokens for part in parts], axis=1)
-    execute = np.concatenate([part.execute for part in parts], axis=1)
-    last = parts[-1]
-    return Progress(tokens, execute, last.kept, last.held_bytes, last.prompt_execute)
+def joined(chunks: Sequence[Progress]) -> Progress:
+    """All chunks of a call as one; what is held is what was held at the end."""
+    tokens = np.concatenate([chunk.tokens for chunk in chunks], axis=1)
+    return dataclasses.replace(
+        chunks[-1], tokens=tokens, execute=np.concatenate([chunk.execute for chunk in chunks], axis=1)
+    )

@@ -53,9 +53,12 @@ class ExpertChoice:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Thresholded:
-    """Execute iff p >= theta; theta (routed layers,) float32. A tie executes, so theta <= 0 executes everything."""
+    """Execute iff p >= theta; theta (routed layers,) float32. A tie executes, so theta <= 0 executes everything.
 
-    threshold: Float[Array, " r"]
+    A theta per row has the shape (routed layers, batch, 1).
+    """
+
+    threshold: Float[Array, "r ..."]
 
 
 @jax.tree_util.register_dataclass
