@@ -12,7 +12,7 @@ from qtale_jax.data import reasoning
 from qtale_jax.data.tokens import encode
 from qtale_jax.errors import InputError
 from qtale_jax.generate import main as run_generate
-from qtale_jax.inference.generation import generate
+from qtale_jax.inference.decode import decode
 from qtale_jax.models.decoder import initialize
 from qtale_jax.models.policy import Dense
 from qtale_jax.models.specification import Architecture, ModelSpecification, RoutingSpecification
@@ -132,11 +132,23 @@ def test_impossible_generations_are_refused(model, arguments):
 
 
 @pytest.mark.slow
+def test_both_engines_and_the_stream_say_the_same(model):
+    found, expected = (model.generate([PROMPT, OTHER], 6, engine=engine) for engine in ("skip", "masked"))
+    for one, other in zip(found, expected, strict=True):
+        assert (one.text, one.tokens, one.executed_ratio) == (other.text, other.tokens, other.executed_ratio)
+    pieces = list(model.stream([PROMPT, OTHER], 6, chunk=2))
+    assert len(pieces) >= 1 and ["".join(parts) for parts in zip(*pieces, strict=True)] == [one.text for one in found]
+    with pytest.raises(InputError, match="engine='fast'; allowed: 'skip' or 'masked'"):
+        model.generate([PROMPT], 6, engine="fast")
+
+
+@pytest.mark.slow
 def test_generation_with_an_int8_cache(model, path, tmp_path, capsys):
     """The argument and the configuration key choose the same program, another one than without them."""
-    before = generate._cache_size()
+    before = decode._cache_size()
     default, rounded = model.generate([PROMPT], 5), model.generate([PROMPT], 5, kv_cache="int8")
-    assert generate._cache_size() == before + 2
+    assert decode._cache_size() == before + 2
+    assert rounded[0].kv_bytes < default[0].kv_bytes
     assert model.generate([PROMPT], 5, kv_cache="float") == default
     (tmp_path / "config.yaml").write_text(
         yaml.safe_dump({"generate": {"model": str(path), "prompts": [PROMPT], "max_new_tokens": 5}})
@@ -144,7 +156,7 @@ def test_generation_with_an_int8_cache(model, path, tmp_path, capsys):
     for form, (one,) in (("float", default), ("int8", rounded)):
         run_generate([str(tmp_path / "config.yaml"), f"generate.kv_cache={form}"])
         assert capsys.readouterr().out.startswith(f"{PROMPT}{one.text}\n[{len(one.tokens)} tokens")
-    assert generate._cache_size() == before + 2
+    assert decode._cache_size() == before + 2
     with pytest.raises(InputError, match="generate.kv_cache"):
         run_generate([str(tmp_path / "config.yaml"), "generate.kv_cache=int4"])
 

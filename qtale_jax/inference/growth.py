@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int32
 
@@ -25,6 +26,7 @@ class Growth:
         slots: most tokens of a row.
         bytes_per_page: memory of a page.
         page: slots of a page.
+        least_step: bytes that a size has more than the one before it, at least.
         steps: how many sizes there are at most.
     """
 
@@ -33,12 +35,21 @@ class Growth:
     slots: int
     bytes_per_page: int
     page: int = PAGE
+    least_step: int = LEAST_STEP
     steps: int = STEPS
 
     @classmethod
-    def of(cls, architecture: Architecture, rows: int, slots: int, dtype, page: int = PAGE) -> "Growth":
-        """The sizes for a model."""
-        return cls(architecture.num_layers, rows, slots, page_bytes(architecture, dtype, page), page)
+    def of(
+        cls,
+        architecture: Architecture,
+        rows: int,
+        slots: int,
+        dtype: jnp.dtype,
+        page: int = PAGE,
+        least_step: int = LEAST_STEP,
+    ) -> "Growth":
+        """The sizes for a model whose cache has a type."""
+        return cls(architecture.num_layers, rows, slots, page_bytes(architecture, dtype, page), page, least_step)
 
     @property
     def most(self) -> int:
@@ -47,7 +58,7 @@ class Growth:
 
     def size(self, pages: int, steps: int | None = None) -> int:
         """The smallest size that holds `pages`; with fewer `steps` a coarser one."""
-        step = max(-(-self.most // (steps or self.steps)), -(-LEAST_STEP // self.bytes_per_page))
+        step = max(-(-self.most // (steps or self.steps)), -(-self.least_step // self.bytes_per_page))
         return min(self.most, max(1, -(-pages // step)) * step)
 
     def missing(self, counts: Int32[np.ndarray, "l b"], new: Int32[np.ndarray, " b"]) -> int:

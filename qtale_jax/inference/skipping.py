@@ -111,7 +111,9 @@ def run_compact(
         return query, stored(key, dtype), stored(value, dtype)
 
     # Without eviction tokens that skip leave keys and values too, so these are computed for all.
-    everything = None if block.eviction or not block.routed else Fresh(*project(hidden, positions)[1:], positions, present)
+    everything = None
+    if block.routed and not block.eviction:
+        everything = Fresh(*project(hidden, positions)[1:], positions, present)
 
     def run(size: int) -> tuple[Array, Fresh]:
         whole = size == execute.shape[axis]

@@ -10,15 +10,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32, PRNGKeyArray
 
 from qtale_jax.inference.decode import decode, first_token
-from qtale_jax.inference.growth import Growth, alive
-from qtale_jax.inference.paged_attention import BLOCK
+from qtale_jax.inference.growth import LEAST_STEP, Growth, alive
 from qtale_jax.inference.pages import PAGE, PagedCache, empty_pages, resized
 from qtale_jax.inference.prefill import prefill
 from qtale_jax.inference.rows import Rows
 from qtale_jax.models.cache import cache_bytes
 from qtale_jax.models.decoder import Parameters
 from qtale_jax.models.policy import Policy
-from qtale_jax.models.specification import ModelSpecification
+from qtale_jax.models.specification import Architecture, ModelSpecification
+
+ROOM = 32
+"""What the most tokens that a row can keep are a multiple of."""
 
 PREFILL_STEPS = 4
 """Sizes of the pool while a long prompt runs: its programs take longer to compile than those of decode."""
@@ -32,6 +34,7 @@ class Options:
         chunk: tokens of a compiled call, and of what `stream` yields.
         width: tokens of a prompt that run at a time.
         page: slots of a page of the cache.
+        least_step: bytes that the pool grows by at least.
         compute_dtype: type of activations.
         cache_dtype: type of cached keys and values, floating point or int8; None: `compute_dtype`.
     """
@@ -39,6 +42,7 @@ class Options:
     chunk: int = 32
     width: int = 512
     page: int = PAGE
+    least_step: int = LEAST_STEP
     compute_dtype: jnp.dtype = jnp.float32
     cache_dtype: jnp.dtype | None = None
 
@@ -46,6 +50,10 @@ class Options:
     def stored_dtype(self) -> jnp.dtype:
         """Type of cached keys and values."""
         return jnp.dtype(self.compute_dtype if self.cache_dtype is None else self.cache_dtype)
+
+    def growth(self, architecture: Architecture, rows: int, slots: int) -> Growth:
+        """Sizes of the pool for rows that can keep `slots` tokens."""
+        return Growth.of(architecture, rows, slots, self.stored_dtype, self.page, self.least_step)
 
 
 @dataclass(frozen=True)
@@ -110,9 +118,9 @@ def run_prompts(
     """
     batch, longest = prompts.shape
     width = min(longest, options.width)
-    # Whole blocks of whole chunks: lengths that are close to each other share a program.
-    room = -(-max(slots, -(-longest // width) * width) // BLOCK) * BLOCK
-    growth = Growth.of(spec.architecture, batch, room, options.stored_dtype, options.page)
+    # Lengths that are close to each other share a program.
+    room = -(-max(slots, -(-longest // width) * width) // ROOM) * ROOM
+    growth = options.growth(spec.architecture, batch, room)
     every = jnp.arange(batch, dtype=jnp.int32)
     counts = np.zeros((spec.architecture.num_layers, batch), np.int32)
     cache, used, decisions = None, 0, []
@@ -182,9 +190,7 @@ def stream(
     batch, slots = prompts.shape[0], prompts.shape[1] + max_new_tokens
     done = run_prompts(spec, params, prompts, lengths, policy, slots, options)
     cache = done.cache
-    growth = Growth.of(
-        spec.architecture, batch, cache.table.shape[2] * options.page, options.stored_dtype, options.page
-    )
+    growth = options.growth(spec.architecture, batch, cache.table.shape[2] * options.page)
     rows = Rows(
         token=jnp.zeros((batch,), jnp.int32),
         position=jnp.asarray(lengths, jnp.int32),
