@@ -43,9 +43,7 @@ def search(model: LoadedModel, config: Config, records: list[Record]) -> Found:
     choices = [record for record in records if isinstance(record, Choice)]
     # The rows that evaluation runs: with every choice, since tokens of answers execute more than those of questions.
     rows, owners = (
-        choice_rows(choices, model.tokenizer)
-        if choices
-        else (likelihood_rows(records, model.tokenizer, config), None)
+        choice_rows(choices, model.tokenizer) if choices else (likelihood_rows(records, model.tokenizer, config), None)
     )
     batch = {"batch_size": config.evaluate.batch_size, "compute_dtype": jnp.dtype(config.train.compute_dtype)}
     if settings.objective == "ratio":
