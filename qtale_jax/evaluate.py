@@ -1,11 +1,17 @@
 """`python -m qtale_jax.evaluate CONFIG [key=value ...]`: accuracy, perplexity, executed ratio and cost of a model."""
 
 import json
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qtale_jax.command import STAGES, parse, run
 from qtale_jax.config.schema import Config
+
+if TYPE_CHECKING:
+    from qtale_jax.artifact import LoadedModel
 
 
 def run_stage(config: Config, *, theta: float | None = None, point: str | None = None, quiet: bool = False) -> Path:
@@ -17,17 +23,11 @@ def run_stage(config: Config, *, theta: float | None = None, point: str | None =
     from rich.console import Console
     from rich.progress import Progress
 
-    from qtale_jax import paths
-    from qtale_jax.artifact import load_model
-    from qtale_jax.errors import InputError
     from qtale_jax.evaluation.evaluate import evaluate
     from qtale_jax.reporting.console import table
     from qtale_jax.reporting.results import write_text
 
-    source = Path(config.evaluate.model or paths.newest(config))
-    model = load_model(source)
-    if model.tokenizer is None:
-        raise InputError(f"{source}: the model directory has no tokenizer")
+    source, model = _load(config)
     console = Console(stderr=True)
     with Progress(console=console, disable=quiet or not console.is_terminal) as progress:
         task = progress.add_task("evaluating rows", total=None)
@@ -48,9 +48,58 @@ def run_stage(config: Config, *, theta: float | None = None, point: str | None =
     return target
 
 
+def run_harness(config: Config) -> Path:
+    """Runs `harness.tasks` on `evaluate.model`, prints a table and writes a JSON file; returns its path.
+
+    Raises:
+        InputError: bad input, or lm-evaluation-harness is not installed.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from qtale_jax.errors import InputError
+
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars, as our own, are for terminals
+    try:
+        from qtale_jax.evaluation.harness.run import evaluate_harness
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"harness.tasks needs lm-evaluation-harness, and {error.name!r} is not installed; "
+            'install it with: pip install "qtale-jax[eval]"'
+        ) from error
+    from qtale_jax.reporting.console import harness_table
+    from qtale_jax.reporting.results import write_text
+
+    source, model = _load(config)
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("answering requests", total=None)
+        result = evaluate_harness(model, config, progress=lambda n: progress.advance(task, n))
+    target = Path(config.evaluate.output or Path(config.output) / "harness" / f"{source.name}.json")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text(target, json.dumps(result, indent=1))
+    Console().print(harness_table(result))
+    return target
+
+
+def _load(config: Config) -> tuple[Path, "LoadedModel"]:
+    """The model to measure, and its directory."""
+    from qtale_jax import paths
+    from qtale_jax.artifact import load_model
+    from qtale_jax.errors import InputError
+
+    source = Path(config.evaluate.model or paths.newest(config))
+    model = load_model(source)
+    if model.tokenizer is None:
+        raise InputError(f"{source}: the model directory has no tokenizer")
+    return source, model
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluates as configured and prints where the result is."""
-    print(run_stage(parse("evaluate", STAGES["evaluate"], argv)))
+    config = parse("evaluate", STAGES["evaluate"], argv)
+    print(run_harness(config) if config.harness.tasks else run_stage(config))
 
 
 if __name__ == "__main__":

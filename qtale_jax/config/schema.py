@@ -440,6 +440,28 @@ class EvaluateConfig(Section):
     maps: int = Field(default=4, ge=0, description="examples whose layer-by-token execution is stored for the report")
 
 
+class HarnessConfig(Section):
+    """lm-evaluation-harness (extra `eval`): with tasks, `evaluate` runs it instead of its own measurements."""
+
+    tasks: Many[str] = Field(
+        default=(), description="names of its tasks or groups, YAML task files, .jsonl files of {query, choices, gold}"
+    )
+    include_path: str | None = Field(default=None, description="folder with YAML files of more tasks")
+    num_fewshot: int | None = Field(default=None, ge=0, description="examples in the prompt; default: each task's own")
+    limit: int | None = Field(default=None, gt=0, description="documents per task, the first ones; default: all")
+    max_new_tokens: Positive = Field(default=256, description="tokens generated where a task does not say")
+    chat_template: bool = Field(default=False, description="prompts as conversations, by the tokenizer's template")
+    samples: bool = Field(default=False, description="also store every document's responses in the result file")
+
+    @model_validator(mode="after")
+    def _check(self):
+        if not self.tasks and (idle := sorted(self.model_fields_set - {"tasks"})):
+            defaults = type(self).model_fields
+            if changed := [name for name in idle if getattr(self, name) != defaults[name].default]:
+                raise ValueError(f"{changed[0]} would do nothing, as no tasks are given; allowed: tasks with it")
+        return self
+
+
 class GenerateConfig(Section):
     """Text from one model directory."""
 
@@ -509,6 +531,7 @@ class Config(Section):
     quantize: QuantizeConfig = Field(default=QuantizeConfig(), description="quantization")
     calibrate: CalibrateConfig = Field(default=CalibrateConfig(), description="threshold")
     evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="evaluation")
+    harness: HarnessConfig = Field(default=HarnessConfig(), description="lm-evaluation-harness")
     generate: GenerateConfig = Field(default=GenerateConfig(), description="generation")
     experiment: ExperimentConfig = Field(default=ExperimentConfig(), description="grid of stages")
 

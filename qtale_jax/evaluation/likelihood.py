@@ -97,8 +97,8 @@ def batch_likelihood(
     starts: Int[Array, " b"],
     policy: Policy,
     compute_dtype: jnp.dtype = jnp.float32,
-) -> tuple[Float[Array, " b"], Bool[Array, " b"], Counted]:
-    """Log-likelihood of tokens[start:length] of each row, whether each is the most likely one, and counts."""
+) -> tuple[Float[Array, "b t-1"], Bool[Array, " b"], Counted]:
+    """Log-likelihood of each of tokens[start:length], 0 elsewhere; whether all are the most likely ones; counts."""
     output = forward(spec, params, tokens, lengths=lengths, policy=policy, compute_dtype=compute_dtype)
     logits, targets = output.logits[:, :-1], tokens[:, 1:]
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
@@ -109,19 +109,24 @@ def batch_likelihood(
     present = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
     window = spec.architecture.sliding_window
     counted = count(output.routing.execute, output.routing.logits, present, always_on_tokens, window)
-    return jnp.sum(jnp.where(wanted, chosen, 0.0), axis=1), greedy, counted
+    return jnp.where(wanted, chosen, 0.0), greedy, counted
 
 
-def batches(rows: Sequence[Row], batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """Groups rows of similar length into batches of one shape per length class.
+def batches(
+    rows: Sequence[Row], batch_size: int, longest: int | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Groups rows of similar length into batches of one shape per length class, at most `longest` wide.
 
     Yields (indices, tokens, lengths, starts); a short last batch is filled with empty rows, indices -1.
     """
-    order = sorted(range(len(rows)), key=lambda i: (padded_length(len(rows[i].ids)), i))
+    widths = [padded_length(len(row.ids)) for row in rows]
+    if longest is not None:
+        widths = [min(width, longest) for width in widths]
+    order = sorted(range(len(rows)), key=lambda i: (widths[i], i))
     position = 0
     while position < len(order):
-        width = padded_length(len(rows[order[position]].ids))
-        chosen = [i for i in order[position : position + batch_size] if padded_length(len(rows[i].ids)) == width]
+        width = widths[order[position]]
+        chosen = [i for i in order[position : position + batch_size] if widths[i] == width]
         position += len(chosen)
         tokens = np.zeros((batch_size, width), np.int32)
         lengths, starts = np.zeros(batch_size, np.int32), np.ones(batch_size, np.int32)
@@ -151,20 +156,31 @@ def likelihoods(
     batch_size: int = 64,
     compute_dtype: jnp.dtype = jnp.float32,
     progress: Callable[[int], None] = lambda _: None,
+    context: int | None = None,
 ) -> Likelihoods:
     """Scores rows of any length in any order; results come back in the order of `rows`.
 
+    Args:
+        spec: the model.
+        params: its parameters, stacked or one tree per layer.
+        rows: what to score.
+        policy: route policy.
+        batch_size: rows of every batch; short batches are filled up.
+        compute_dtype: type of activations.
+        progress: called with the number of rows done.
+        context: longest row in tokens; default: the architecture's.
+
     Raises:
-        InputError: a row is longer than the context.
+        InputError: a row is longer than `context`.
         ValueError: no rows, or a row without a token to score.
     """
     if not rows or any(not 0 < row.start < len(row.ids) for row in rows):
         raise ValueError("every row needs at least one token before and one from `start` on")
-    longest, limit = max(len(row.ids) for row in rows), spec.architecture.max_length
+    longest, limit = max(len(row.ids) for row in rows), context or spec.architecture.max_length
     if longest > limit:
         raise InputError(f"an example has {longest} tokens, more than the model's context of {limit}")
     results, total = [], None
-    for indices, tokens, lengths, starts in batches(rows, batch_size):
+    for indices, tokens, lengths, starts in batches(rows, batch_size, limit):
         value, greedy, counted = batch_likelihood(
             spec.structure, params, tokens, lengths, starts, policy, compute_dtype
         )
@@ -174,7 +190,8 @@ def likelihoods(
     log_likelihood, is_greedy = np.zeros(len(rows)), np.zeros(len(rows), bool)
     for indices, value, greedy in results:
         real = indices >= 0
-        log_likelihood[indices[real]] = np.asarray(value)[real]
+        # Summed in float64: of a hundred tokens, sums in another order would differ by more than the tokens do.
+        log_likelihood[indices[real]] = np.asarray(value, np.float64)[real].sum(axis=1)
         is_greedy[indices[real]] = np.asarray(greedy)[real]
     lengths = np.asarray([len(row.ids) - row.start for row in rows])
     return Likelihoods(log_likelihood, lengths, is_greedy, jax.tree.map(np.asarray, total))

@@ -107,7 +107,7 @@ def test_padding_and_stacking_do_not_matter(routed, rows):
         tokens[0, : len(row.ids)] = row.ids
         lengths, starts = np.array([len(row.ids), 0, 0, 0], np.int32), np.array([row.start, 1, 1, 1], np.int32)
         value, _, counted = batch_likelihood(spec.structure, layout, tokens, lengths, starts, policy, jnp.float32)
-        results.append((float(value[0]), counted.executed.tolist(), float(counted.tokens)))
+        results.append((float(value[0].sum()), counted.executed.tolist(), float(counted.tokens)))
         assert not np.any(value[1:])
     for value, executed, tokens in results:
         assert value == pytest.approx(results[0][0], abs=1e-5)

@@ -1,0 +1,188 @@
+"""Generation until a stop string: rounds of a fixed number of tokens, after which finished requests leave.
+
+Stop strings are looked for in decoded text, so they may begin and end within tokens and span several. A round runs the
+prompts anew together with what has been added to them: the cache of an earlier round would belong to a batch that is no
+longer the same.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qtale_jax.evaluation.likelihood import Counted, count
+from qtale_jax.inference.generation import Generated, generate
+from qtale_jax.models.decoder import Parameters
+from qtale_jax.models.policy import Policy
+from qtale_jax.models.specification import ModelSpecification
+
+ROUND = 32
+"""Tokens added before stop strings are looked for: a compromise between tokens too many and prompts run anew."""
+
+NARROWEST = 64
+"""Shortest class of prompts. They double from here: each is a program of its own, and long to compile."""
+
+
+def width_class(length: int) -> int:
+    """The width that prompts of `length` tokens are padded to: 64, 128, 256, ..."""
+    return max(NARROWEST, 1 << (length - 1).bit_length())
+
+
+@dataclass
+class Request:
+    """A prompt that is continued until a stop string, the end token or `max_new_tokens`."""
+
+    prompt: list[int]
+    stops: tuple[str, ...]
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    new: list[int] = field(default_factory=list)
+    text: str | None = None
+    """The continuation without its stop string, once it is finished."""
+
+    @property
+    def kind(self) -> tuple[float, float, int]:
+        """What requests of one batch have in common."""
+        return self.temperature, self.top_p, width_class(len(self.prompt) + len(self.new))
+
+
+def first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the earliest of the stop strings begins in `text`; None if there is none. Empty strings never stop."""
+    found = [place for place in (text.find(stop) for stop in stops if stop) if place >= 0]
+    return min(found, default=None)
+
+
+def tokens_until(ids: Sequence[int], stops: Sequence[str], decode: Callable[[Sequence[int]], str]) -> int:
+    """The number of tokens whose text first holds a stop string; all if it never does."""
+    low, high = 1, len(ids)
+    while low < high:  # more tokens never take a stop string away, so this can be bisected
+        middle = (low + high) // 2
+        low, high = (low, middle) if first_stop(decode(ids[:middle]), stops) is not None else (middle + 1, high)
+    return low
+
+
+def continue_requests(
+    spec: ModelSpecification,
+    params: Parameters,
+    tokenizer: Any,
+    requests: Sequence[Request],
+    policy: Policy,
+    *,
+    batch_size: int,
+    compute_dtype: jnp.dtype,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Counted | None:
+    """Continues all requests in batches of one shape per length class, and fills in their `text`.
+
+    Greedy continuations do not depend on the other requests; with a temperature the draws of a request depend on its
+    place in the batch.
+
+    Args:
+        spec: the model.
+        params: one tree per layer.
+        tokenizer: of the model; its end token ends a request.
+        requests: prompts of at least one token.
+        policy: route policy, `Dense` or `Thresholded`.
+        batch_size: rows of every batch; short batches are filled up with copies that are not counted.
+        compute_dtype: type of activations.
+        seed: of sampling.
+        progress: called with the number of requests that finished.
+
+    Returns:
+        What prompts and new tokens executed: every token once, up to the one that completes the stop string, and not
+        the last one, which is never run. None without requests.
+    """
+    end = tokenizer.eos_token_id
+    total: Counted | None = None
+    waiting, turn = list(requests), 0
+    while waiting:
+        waiting.sort(key=lambda request: request.kind)
+        unfinished: list[Request] = []
+        position = 0
+        while position < len(waiting):
+            batch = [r for r in waiting[position : position + batch_size] if r.kind == waiting[position].kind]
+            position += len(batch)
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), turn), position)
+            found = _round(spec, params, batch, batch_size, policy, end, key, compute_dtype)
+            for row, request in enumerate(batch):
+                counted = _take(spec, tokenizer, request, found, row)
+                if counted is None:
+                    unfinished.append(request)
+                else:
+                    total = counted if total is None else jax.tree.map(np.add, total, counted)
+                    progress(1)
+        waiting, turn = unfinished, turn + 1
+    return total
+
+
+def _round(
+    spec: ModelSpecification,
+    params: Parameters,
+    batch: Sequence[Request],
+    batch_size: int,
+    policy: Policy,
+    end: int | None,
+    key: jax.Array,
+    compute_dtype: jnp.dtype,
+) -> Generated:
+    """Adds `ROUND` tokens, or as many as there are before the end token, to every request of a batch."""
+    # Copies of the first fill the batch up: they end when it does, so that nobody waits for them.
+    rows = [request.prompt + request.new for request in batch]
+    rows += [rows[0]] * (batch_size - len(rows))
+    tokens = np.zeros((batch_size, width_class(max(map(len, rows)))), np.int32)
+    for index, ids in enumerate(rows):
+        tokens[index, : len(ids)] = ids
+    out = generate(
+        spec.structure,
+        params,
+        jnp.asarray(tokens),
+        jnp.asarray([len(ids) for ids in rows], jnp.int32),
+        policy,
+        key,
+        jnp.float32(batch[0].temperature),
+        jnp.float32(batch[0].top_p),
+        jnp.int32(-1 if end is None else end),
+        max_new_tokens=ROUND,
+        compute_dtype=compute_dtype,
+    )
+    return jax.device_get(out)
+
+
+def _take(spec: ModelSpecification, tokenizer: Any, request: Request, found: Generated, row: int) -> Counted | None:
+    """Takes a round's tokens over; if the request is finished by them, sets its text and returns what it executed."""
+
+    def decode(ids: Sequence[int]) -> str:
+        return tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    before = len(request.new)
+    added = found.tokens[row, : int(found.counts[row])].tolist()
+    new = (request.new + added)[: request.max_new_tokens]
+    text = decode(new)
+    stop = first_stop(text, request.stops)
+    request.new = new
+    ended = bool(new) and new[-1] == tokenizer.eos_token_id
+    if stop is None and not ended and len(new) < request.max_new_tokens:
+        return None
+    kept = len(new) if stop is None else tokens_until(new, request.stops, decode)
+    request.text = text if stop is None else text[:stop]
+    length = len(request.prompt) + before
+    execute = np.concatenate([found.prompt_execute[row, :length], found.new_execute[row]])
+    run = len(request.prompt) + kept - 1
+    return _counted(spec, execute[None, :run])
+
+
+def _counted(spec: ModelSpecification, execute: np.ndarray) -> Counted:
+    """Counts of the tokens of one request, (1, tokens, layers) bool; generation does not give logits of routers."""
+    window = spec.architecture.sliding_window
+    width = execute.shape[1]
+    # Padded to a length class, so that few shapes are compiled; what is padding executes nothing.
+    padded = np.zeros((1, width_class(width), execute.shape[2]), bool)
+    padded[:, :width] = execute
+    present = np.arange(padded.shape[1])[None, :] < width
+    logits = jnp.zeros((*padded.shape[:2], 0, 2), jnp.float32)
+    return jax.device_get(count(jnp.asarray(padded), logits, jnp.asarray(present), padded.shape[1], window))

@@ -1,0 +1,38 @@
+"""Against the harness's own Hugging Face backend on the same weights (golden/generate.py)."""
+
+import numpy as np
+import pytest
+from lm_eval.api.instance import Instance
+
+from qtale_jax.evaluation.harness.adapter import HarnessModel
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model(stories) -> HarnessModel:
+    return HarnessModel(stories, batch_size=8)
+
+
+def ask(model, kind, arguments):
+    return getattr(model, kind)([Instance(kind, {}, entry, 0, ("task", 0, 1)) for entry in arguments])
+
+
+def test_rolling_likelihoods_agree_also_beyond_the_context(model, expected):
+    documents, values = zip(*expected["rolling"], strict=True)
+    lengths = [len(model.tok_encode(document)) for document in documents]
+    assert min(lengths) < model.max_length < 2 * model.max_length < max(lengths)
+    found = ask(model, "loglikelihood_rolling", [(document,) for document in documents])
+    np.testing.assert_allclose(found, values, atol=2e-3, rtol=1e-6)
+
+
+def test_continuations_agree_and_end_before_the_stop_string(model, expected):
+    settings = {"do_sample": False, "max_gen_toks": 70}
+    asked = [(prompt, {**settings, "until": stops}) for prompt, stops, _ in expected["generation"]]
+    texts = [text for *_, text in expected["generation"]]
+    assert ask(model, "generate_until", asked) == texts
+    spanning = 0
+    for (_, stops, _), text in zip(expected["generation"], texts, strict=True):
+        assert not any(stop in text for stop in stops)
+        spanning += min(len(model.tok_encode(stop, add_special_tokens=False)) for stop in stops) > 1
+    assert spanning >= 4
