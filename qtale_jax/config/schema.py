@@ -185,6 +185,9 @@ class DataConfig(Section):
     path: str | None = Field(
         default=None, description="file or directory; for 'reasoning' where the generated set is kept"
     )
+    paths: Many[str] = Field(
+        default=(), description="instruction, multiple_choice: several files instead of path, each with its own tail"
+    )
     evaluation_path: str | None = Field(
         default=None, description="file for validation and test; default: the tail of path"
     )
@@ -206,8 +209,12 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self):
-        if self.path is None and self.kind != "reasoning":
+        if self.path is None and not self.paths and self.kind != "reasoning":
             raise ValueError(f"kind={self.kind!r} needs path, the file or directory to read")
+        if self.paths and self.kind not in ("instruction", "multiple_choice"):
+            raise ValueError(f"paths does not go with kind={self.kind!r}; allowed: instruction or multiple_choice")
+        if self.paths and self.path is not None:
+            raise ValueError("path and paths are both given; allowed: one of them")
         return self
 
 

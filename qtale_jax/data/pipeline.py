@@ -50,16 +50,21 @@ class Pipeline:
 
 def load_rows(config: Config, tokenizer: Any, split: str) -> Rows:
     """Reads, tokenizes and lays out one split."""
-    found, touched = examples(config, tokenizer, split)
-    if touched:
-        log.warning(
-            "%s: %d examples longer than data.length=%d were %s",
-            split,
-            touched,
-            config.data.length,
-            "cut" if config.data.truncation == "right" else "dropped",
-        )
-    return build_rows(found, config.data.length, config.data.packing)
+    found, counts = examples(config, tokenizer, split)
+    rows = build_rows(found, config.data.length, config.data.packing)
+    # Of files that users bring, what was read is always said; generated sets fit, unless something is wrong.
+    level = logging.WARNING if config.data.kind != "reasoning" or counts.truncated + counts.dropped else logging.DEBUG
+    log.log(
+        level,
+        "%s: %d examples read, %d truncated to data.length=%d, %d dropped; %d rows",
+        split,
+        counts.read,
+        counts.truncated,
+        config.data.length,
+        counts.dropped,
+        len(rows["tokens"]),
+    )
+    return rows
 
 
 def build_pipeline(

@@ -60,7 +60,7 @@ def read(config: DataConfig, split: str) -> list[Record]:
 
     Files without splits of their own are cut: the last `held_out` share is held out, its first half for validation and
     its second for test; as many rows just before it are for calibration, and the rest is for training. With
-    `evaluation_path`, that file is validation and test.
+    `evaluation_path`, that file is validation and test. With `paths`, this is done for every file, one after the other.
 
     Raises:
         InputError: a missing, empty or malformed file, or a split without rows.
@@ -69,15 +69,28 @@ def read(config: DataConfig, split: str) -> list[Record]:
         raise InputError(f"split {split!r} is unknown; allowed: {', '.join(SPLITS)}{nearest(split, SPLITS)}")
     if config.kind == "reasoning":
         records = _reasoning(config, split)
+    elif config.paths:
+        parts = ("train", "calibration") if config.evaluation_path is not None else SPLITS
+        # A file for evaluation is read once, whatever the number of files to train on.
+        paths = config.paths if split in parts else config.paths[:1]
+        records = [record for path in paths for record in _one(config.model_copy(update={"path": path}), split)]
     elif config.path is None:
         raise InputError(f"data.path is missing: data.kind={config.kind!r} reads a file or folder")
-    elif config.kind == "instruction" and Path(config.path).is_dir():
-        records = _instruction_folder(Path(config.path), config, split)
     else:
-        records = _cut(config, split)
+        records = _one(config, split)
     if not records:
-        raise InputError(f"data: no rows for split {split!r} in {config.path or config.kind}")
+        raise InputError(
+            f"data: no rows for split {split!r} in {config.path or ', '.join(config.paths) or config.kind}"
+        )
     return records[: config.max_examples] if split == "train" else records
+
+
+def _one(config: DataConfig, split: str) -> list[Record]:
+    """A split of the file or folder `path`."""
+    folder = Path(config.path or "")
+    if config.kind == "instruction" and folder.is_dir():
+        return _instruction_folder(folder, config, split)
+    return _cut(config, split)
 
 
 def _reasoning(config: DataConfig, split: str) -> list[Record]:

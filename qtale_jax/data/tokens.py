@@ -17,6 +17,14 @@ class Tokens(NamedTuple):
     start: int
 
 
+class Counts(NamedTuple):
+    """Examples read, cut to `data.length`, and left out, as they were longer or had no token to learn within it."""
+
+    read: int
+    truncated: int
+    dropped: int
+
+
 TOKENIZERS = {"reasoning": "basic", "reasoning-study": "study"}
 """Names of the embedded tokenizers, and their suites."""
 
@@ -97,16 +105,16 @@ def _end(tokenizer: Any) -> list[int]:
     return [] if same or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def truncate(examples: Sequence[Tokens], config: DataConfig) -> tuple[list[Tokens], int]:
+def truncate(examples: Sequence[Tokens], config: DataConfig) -> tuple[list[Tokens], Counts]:
     """Applies `data.truncation` to examples longer than `data.length`.
 
     Returns:
-        What stays, and how many examples were cut or left out.
+        What stays, and how many examples were read, cut and left out.
 
     Raises:
         InputError: the policy is "error" and an example is too long, or nothing is left.
     """
-    kept, touched = [], 0
+    kept, truncated = [], 0
     for index, example in enumerate(examples):
         if len(example.ids) <= config.length:
             kept.append(example)
@@ -116,20 +124,20 @@ def truncate(examples: Sequence[Tokens], config: DataConfig) -> tuple[list[Token
                 f"data: example {index + 1} has {len(example.ids)} tokens, more than data.length={config.length}; "
                 "raise it, or set data.truncation to 'right' or 'drop'"
             )
-        touched += 1
         if config.truncation == "right" and example.start < config.length:
+            truncated += 1
             kept.append(Tokens(example.ids[: config.length], example.start))
     if not kept:
         raise InputError(f"data: all {len(examples)} examples are longer than data.length={config.length} tokens")
-    return kept, touched
+    return kept, Counts(len(examples), truncated, len(examples) - len(kept))
 
 
-def examples(config: Config, tokenizer: Any, split: str) -> tuple[list[Tokens], int]:
-    """Tokenized, length-checked examples of a split, and how many were truncated or dropped."""
+def examples(config: Config, tokenizer: Any, split: str) -> tuple[list[Tokens], Counts]:
+    """Tokenized, length-checked examples of a split, and how many were read, truncated and dropped."""
     records = read(config.data, split)
     found = tokenize(records, tokenizer, config.data.loss_on)
     if isinstance(records[0], Document) and config.data.packing:
-        return pieces(found, config.data.length), 0
+        return pieces(found, config.data.length), Counts(len(found), 0, 0)
     return truncate(found, config.data)
 
 

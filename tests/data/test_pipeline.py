@@ -100,4 +100,4 @@ def test_cut_examples_are_counted_in_the_log(letters, tmp_path, config_of, caplo
     file.write_text("<|endoftext|>".join("abcd" * (1 + i % 3) for i in range(20)))
     config = config_of(kind="text", path=str(file), length=8, truncation="right")
     build_pipeline(config, letters, split="train", batch_size=2)
-    assert "10 examples longer than data.length=8 were cut" in caplog.text
+    assert "train: 16 examples read, 10 truncated to data.length=8, 0 dropped; 16 rows" in caplog.text

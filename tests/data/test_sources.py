@@ -53,6 +53,35 @@ def test_a_file_for_evaluation_leaves_the_rest_to_training(tmp_path):
         read(config("multiple_choice", main, evaluation_path=str(tmp_path / "gone.jsonl")), "test")
 
 
+def test_several_files_are_each_cut_and_one_for_evaluation_is_read_once(tmp_path):
+    files = [
+        str(jsonl(tmp_path / f"{name}.jsonl", [{**choice(i), "query": f"{name}{i}"} for i in range(10)]))
+        for name in "ab"
+    ]
+    data = DataConfig.model_validate({"kind": "multiple_choice", "paths": files, "held_out": 0.2})
+    found = {split: [record.query for record in read(data, split)] for split in SPLITS}
+    assert found["train"] == [f"{name}{i}" for name in "ab" for i in range(6)]
+    assert found["calibration"] == ["a6", "a7", "b6", "b7"]
+    assert (found["validation"], found["test"]) == (["a8", "b8"], ["a9", "b9"])
+    other = jsonl(tmp_path / "c.jsonl", [choice(5)])
+    data = data.model_copy(update={"evaluation_path": str(other)})
+    assert [record.query for record in read(data, "test")] == ["q5"]
+    assert len(read(data, "train") + read(data, "calibration")) == 20
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "text", "paths": ["a"]}, "paths does not go with kind='text'"),
+        ({"kind": "instruction", "paths": ["a"], "path": "b"}, "path and paths are both given"),
+        ({"kind": "instruction"}, "needs path"),
+    ],
+)
+def test_several_files_go_with_rows_and_without_path(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig.model_validate(settings)
+
+
 def test_max_examples_limits_training_only(tmp_path):
     file = jsonl(tmp_path / "a.jsonl", map(choice, range(20)))
     data = config("multiple_choice", file, max_examples=3, held_out=0.4)

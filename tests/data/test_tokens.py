@@ -3,7 +3,17 @@ import pytest
 from qtale_jax.config.schema import DataConfig
 from qtale_jax.data import reasoning
 from qtale_jax.data.sources import Choice, Document, Instruction
-from qtale_jax.data.tokens import Tokens, encode, encode_pairs, examples, load_tokenizer, pieces, tokenize, truncate
+from qtale_jax.data.tokens import (
+    Counts,
+    Tokens,
+    encode,
+    encode_pairs,
+    examples,
+    load_tokenizer,
+    pieces,
+    tokenize,
+    truncate,
+)
 from qtale_jax.errors import InputError
 
 
@@ -81,12 +91,15 @@ SHORT, EXACT, LONG, LATE = Tokens([1] * 3, 1), Tokens([2] * 4, 2), Tokens([3] * 
 
 
 def test_long_examples_are_dropped_cut_or_refused():
-    assert truncate([SHORT, EXACT, LONG, LATE], config(truncation="drop")) == ([SHORT, EXACT], 2)
+    assert truncate([SHORT, EXACT, LONG, LATE], config(truncation="drop")) == ([SHORT, EXACT], Counts(4, 0, 2))
     # An example whose response lies beyond the end has nothing to learn from.
-    assert truncate([SHORT, EXACT, LONG, LATE], config(truncation="right")) == ([SHORT, EXACT, Tokens([3] * 4, 3)], 2)
+    assert truncate([SHORT, EXACT, LONG, LATE], config(truncation="right")) == (
+        [SHORT, EXACT, Tokens([3] * 4, 3)],
+        Counts(4, 1, 1),
+    )
     with pytest.raises(InputError, match="example 3 has 6 tokens, more than data.length=4"):
         truncate([SHORT, EXACT, LONG], config(truncation="error"))
-    assert truncate([SHORT, EXACT], config(truncation="error")) == ([SHORT, EXACT], 0)
+    assert truncate([SHORT, EXACT], config(truncation="error")) == ([SHORT, EXACT], Counts(2, 0, 0))
 
 
 @pytest.mark.parametrize("policy", ["drop", "right"])
@@ -111,9 +124,9 @@ def test_packed_documents_are_cut_into_pieces():
 def test_packing_keeps_long_documents(letters, tmp_path, config_of):
     file = tmp_path / "text.txt"
     file.write_text("abcdefghij<|endoftext|>" * 10)
-    packed, touched = examples(
+    packed, counts = examples(
         config_of(kind="text", path=str(file), length=8, packing=True, held_out=0.1), letters, "train"
     )
-    assert touched == 0 and {len(piece.ids) for piece in packed} == {8, 4}
+    assert counts == Counts(8, 0, 0) and {len(piece.ids) for piece in packed} == {8, 4}
     with pytest.raises(InputError, match="all 8 examples"):
         examples(config_of(kind="text", path=str(file), length=8, held_out=0.1), letters, "train")
