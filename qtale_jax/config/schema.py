@@ -179,11 +179,12 @@ class LoraConfig(Section):
 class DataConfig(Section):
     """What is read, how it becomes tokens, how tokens become batches."""
 
-    kind: Literal["reasoning", "text", "instruction", "multiple_choice"] = Field(
-        default="reasoning", description="format of the source"
+    kind: Literal["reasoning", "text", "instruction", "multiple_choice", "published"] = Field(
+        default="reasoning", description="format of the source; published: tasks, as the datasets library has them"
     )
     path: str | None = Field(
-        default=None, description="file or directory; for 'reasoning' where the generated set is kept"
+        default=None,
+        description="file or directory; reasoning: where the generated set is kept; published: folder of saved sets",
     )
     paths: Many[str] = Field(
         default=(), description="instruction, multiple_choice: several files instead of path, each with its own tail"
@@ -209,7 +210,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self):
-        if self.path is None and not self.paths and self.kind != "reasoning":
+        if self.path is None and not self.paths and self.kind not in ("reasoning", "published"):
             raise ValueError(f"kind={self.kind!r} needs path, the file or directory to read")
         if self.paths and self.kind not in ("instruction", "multiple_choice"):
             raise ValueError(f"paths does not go with kind={self.kind!r}; allowed: instruction or multiple_choice")

@@ -11,6 +11,7 @@ from typing import Any
 
 from qtale_jax.config.schema import DataConfig
 from qtale_jax.data import reasoning
+from qtale_jax.data.published import check_tasks, questions
 from qtale_jax.errors import InputError, nearest
 
 SPLITS = ("train", "calibration", "validation", "test")
@@ -69,6 +70,9 @@ def read(config: DataConfig, split: str) -> list[Record]:
         raise InputError(f"split {split!r} is unknown; allowed: {', '.join(SPLITS)}{nearest(split, SPLITS)}")
     if config.kind == "reasoning":
         records = _reasoning(config, split)
+    elif config.kind == "published":
+        check_tasks(config.tasks)
+        records = [record for task in config.tasks for record in _published(config, task, split)]
     elif config.paths:
         parts = ("train", "calibration") if config.evaluation_path is not None else SPLITS
         # A file for evaluation is read once, whatever the number of files to train on.
@@ -83,6 +87,15 @@ def read(config: DataConfig, split: str) -> list[Record]:
             f"data: no rows for split {split!r} in {config.path or ', '.join(config.paths) or config.kind}"
         )
     return records[: config.max_examples] if split == "train" else records
+
+
+def _published(config: DataConfig, task: str, split: str) -> list[Record]:
+    """A split of a published task; calibration is the end of its training split."""
+    source = "train" if split == "calibration" else split
+    found = questions(task, source, config.path)
+    records: list[Record] = [Choice(task, query, tuple(choices), gold) for query, choices, gold in found]
+    tail = len(records) - max(1, round(len(records) * config.held_out))
+    return {"train": records[:tail], "calibration": records[tail:]}.get(split, records)
 
 
 def _one(config: DataConfig, split: str) -> list[Record]:
