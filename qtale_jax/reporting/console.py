@@ -20,23 +20,24 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def harness_table(result: Mapping[str, Any]) -> Table:
-    """The harness's metrics of every task, and what it executed (`evaluation.harness.run`)."""
+    """The harness's metrics of every task, the executed share of layers and FLOPs per token (`evaluation.harness.run`)."""
     groups = {name: {"metrics": metrics} for name, metrics in result["groups"].items()}
     rows = []
     for name, task in (result["tasks"] | groups).items():
         metrics = task["metrics"]
         first = (name, task.get("documents", ""), task.get("truncated", ""))
         ratio, flops = task.get("executed_ratio"), task.get("flops_per_token")
-        last = ("" if ratio is None else f"{ratio:.4f}", "" if flops is None else f"{flops:,.0f}")
+        last = ("" if ratio is None else f"{ratio:.4f}", "" if flops is None else f"{flops:.4g}")
         for metric in [metric for metric in metrics if "_stderr" not in metric]:
             head, comma, tail = metric.partition(",")
-            values = (metrics[metric], metrics.get(f"{head}_stderr{comma}{tail}"))
-            shown = ("–" if value is None else f"{value:.4f}" for value in values)
-            rows.append((*map(str, first), metric, *shown, *last))
+            value, error = metrics[metric], metrics.get(f"{head}_stderr{comma}{tail}")
+            shown = "–" if value is None else f"{value:.4f}"
+            shown += "" if error is None else f" ± {error:.4f}"
+            rows.append((*map(str, first), metric, shown, *last))
             first, last = ("", "", ""), ("", "")
     row = result["row"]
     point = "" if row["theta"] is None else f", {result['point']}"
-    columns = ("task", "rows", "cut", "metric", "value", "± error", "executed", "FLOPs/token")
+    columns = ("task", "rows", "cut", "metric", "value", "executed", "FLOPs")
     out = table(f"{row['model']}, {row['bits']} bits{point}", columns, rows)
     out.columns[0].no_wrap = True
     return out
