@@ -20,26 +20,28 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def harness_table(result: Mapping[str, Any]) -> Table:
-    """The harness's metrics of every task, the executed share of layers and FLOPs per token (`evaluation.harness.run`)."""
+    """The harness's metrics of every task, the executed share of layers, and FLOPs per token."""
     groups = {name: {"metrics": metrics} for name, metrics in result["groups"].items()}
     rows = []
     for name, task in (result["tasks"] | groups).items():
         metrics = task["metrics"]
-        first = (name, task.get("documents", ""), task.get("truncated", ""))
+        cut = f" ({task['truncated']} cut)" if task.get("truncated") else ""
+        first = (name, f"{task.get('documents', '')}{cut}")
         ratio, flops = task.get("executed_ratio"), task.get("flops_per_token")
-        last = ("" if ratio is None else f"{ratio:.4f}", "" if flops is None else f"{flops:.4g}")
+        last = ("" if ratio is None else f"{ratio:.4f}", "" if flops is None else f"{flops:.3g}")
         for metric in [metric for metric in metrics if "_stderr" not in metric]:
             head, comma, tail = metric.partition(",")
             value, error = metrics[metric], metrics.get(f"{head}_stderr{comma}{tail}")
             shown = "–" if value is None else f"{value:.4f}"
-            shown += "" if error is None else f" ± {error:.4f}"
+            shown += "" if error is None else f" ±{error:.3f}"
             rows.append((*map(str, first), metric, shown, *last))
-            first, last = ("", "", ""), ("", "")
+            first, last = ("", ""), ("", "")
     row = result["row"]
     point = "" if row["theta"] is None else f", {result['point']}"
-    columns = ("task", "rows", "cut", "metric", "value", "executed", "FLOPs")
+    columns = ("task", "rows", "metric", "value", "run", "FLOPs")
     out = table(f"{row['model']}, {row['bits']} bits{point}", columns, rows)
-    out.columns[0].no_wrap = True
+    for column in out.columns:
+        column.no_wrap = True
     return out
 
 
