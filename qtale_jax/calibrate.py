@@ -34,9 +34,38 @@ def run_stage(config: Config, *, quiet: bool = False) -> Path:
     return target
 
 
+def dry_run(config: Config) -> None:
+    """Prints the model, the rows that theta would be searched on, and how often they would be run."""
+    from qtale_jax import paths
+    from qtale_jax.artifact import StoredModel, refuse_existing
+    from qtale_jax.calibration.calibrate import calibration_records, check_calibrated
+    from qtale_jax.calibration.threshold import BISECTIONS, GRID
+    from qtale_jax.data.scratch import without_writing
+    from qtale_jax.evaluation.evaluate import likelihood_rows
+    from qtale_jax.models.describe import describe
+    from qtale_jax.reporting.dry_run import print_dry_run
+
+    source, target = Path(config.calibrate.model or paths.quantized(config)), paths.calibrated(config)
+    refuse_existing(target)
+    model, settings = StoredModel(source), config.calibrate
+    check_calibrated(model.spec, model.tokenizer)
+    with without_writing(config) as readable:
+        rows = likelihood_rows(calibration_records(readable), model.tokenizer, config)
+    by_ratio = settings.objective == "ratio"
+    goal = f"ratio {settings.ratio:g}, within {settings.tolerance:g}" if by_ratio else "the smallest ratio"
+    facts = {
+        "model": str(source),
+        **describe(model.spec),
+        "goal": goal if by_ratio else f"{goal} within {settings.within:g} of the best quality",
+        "calibration": f"{len(rows):,} rows, {sum(len(row.ids) for row in rows):,} tokens",
+        "passes": f"at most {2 + BISECTIONS} over them" if by_ratio else f"{len(GRID)} over them, all answers scored",
+    }
+    print_dry_run("calibrate", facts, [target])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Calibrates as configured and prints where the model is."""
-    print(run_stage(parse("calibrate", STAGES["calibrate"], argv)))
+    print(run_stage(parse("calibrate", STAGES["calibrate"], argv, dry_run)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Nothing here imports JAX, so that `--help` and a refused configuration answer at once. An entry point looks like this:
 
     def main(argv: Sequence[str] | None = None) -> None:
-        config = parse("train", STAGES["train"], argv)
+        config = parse("train", STAGES["train"], argv, dry_run)
         ...
 
     if __name__ == "__main__":
@@ -36,6 +36,9 @@ STAGES = {
 }
 """The entry points `python -m qtale_jax.<stage>`, in the order of use."""
 
+DRY_RUN = "check the configuration, the input and the output, print what would be done, and write nothing"
+"""What `--dry-run` does, for help."""
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are `InputError`s, and whose epilog may be a function that is called only for help."""
@@ -56,20 +59,32 @@ class Parser(argparse.ArgumentParser):
 
 def stage_parser(stage: str, description: str) -> Parser:
     """Returns the parser of a stage that is driven by a configuration file."""
-    usage = "%(prog)s [-h] [--print-config] CONFIG [key=value ...]"
+    usage = "%(prog)s [-h] [--print-config] [--dry-run] CONFIG [key=value ...]"
     parser = Parser(prog=f"python -m qtale_jax.{stage}", usage=usage, description=description, keys=help_text)
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, such as configs/quickstart.yaml")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="replaces a value of the file")
     parser.add_argument("--print-config", action="store_true", help="print the complete configuration and stop")
+    parser.add_argument("--dry-run", action="store_true", help=DRY_RUN)
     return parser
 
 
-def parse(stage: str, description: str, argv: Sequence[str] | None = None) -> Config:
-    """Returns the checked configuration that the command line asks for; serves `--help` and `--print-config`.
+def parse(
+    stage: str,
+    description: str,
+    argv: Sequence[str] | None = None,
+    dry_run: Callable[[Config], None] = lambda config: None,
+) -> Config:
+    """Returns the checked configuration that the command line asks for; serves `--help`, `--print-config`, `--dry-run`.
+
+    Args:
+        stage: its name.
+        description: of the stage, for help.
+        argv: arguments; default: those of the process.
+        dry_run: called for `--dry-run`: checks the input and prints what would be done, without writing anything.
 
     Raises:
         InputError: a wrong argument, file, key, value or combination.
-        SystemExit: after `--help` or `--print-config`.
+        SystemExit: after `--help`, `--print-config` or `--dry-run`.
     """
     parser = stage_parser(stage, description)
     arguments = parser.parse_intermixed_args(argv)
@@ -78,6 +93,9 @@ def parse(stage: str, description: str, argv: Sequence[str] | None = None) -> Co
     config = load_config(arguments.config, arguments.overrides)
     if arguments.print_config:
         yaml.safe_dump(resolve(config), sys.stdout, sort_keys=False, allow_unicode=True)
+        raise SystemExit(0)
+    if arguments.dry_run:
+        dry_run(config)
         raise SystemExit(0)
     return config
 

@@ -24,6 +24,9 @@ def _parser() -> Parser:
         "layout (version gemm); everything else is written in float16, scales included, and a table says how many "
         "values that changed; default: restore all weights",
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check input and output, print what would be written, and write nothing"
+    )
     return parser
 
 
@@ -69,19 +72,34 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from qtale_jax.artifact import refuse_existing
     from qtale_jax.artifact.arrays import flatten
-    from qtale_jax.models.huggingface import from_huggingface, to_huggingface
+    from qtale_jax.models.describe import describe
+    from qtale_jax.models.huggingface import from_huggingface, read_huggingface, to_huggingface, would_write
     from qtale_jax.reporting.console import table
+    from qtale_jax.reporting.dry_run import print_dry_run
 
     refuse_existing(arguments.output)
     changed = {}
     if arguments.to_hf:
-        written = to_huggingface(
-            arguments.source, arguments.output, dtype=arguments.dtype, quantized=arguments.quantized
-        )
-        arrays = {tensor.name: tensor for tensor in (*written.tensors, *written.routers)}
-        changed = written.changed
+        form = {"dtype": arguments.dtype, "quantized": arguments.quantized}
+        if arguments.dry_run:
+            result = would_write(arguments.source, **form)
+        else:
+            result = to_huggingface(arguments.source, arguments.output, **form)
+        arrays = {tensor.name: tensor for tensor in (*result.tensors, *result.routers)}
+        changed = result.changed
     else:
-        arrays = flatten(from_huggingface(arguments.source, arguments.output, dtype=arguments.dtype).params)
+        if arguments.dry_run:
+            result = read_huggingface(arguments.source, dtype=arguments.dtype)
+        else:
+            result = from_huggingface(arguments.source, arguments.output, dtype=arguments.dtype)
+        arrays = flatten(result.params)
+    if arguments.dry_run:
+        facts = {"source": arguments.source, **describe(result.spec)}
+        for part, count, size, types in _rows(arrays):
+            facts[part] = ", ".join(filter(None, (f"{count} parameters" if count else "", f"{size} bytes", types)))
+        facts |= {f"{what} changed": f"{count:,} of {of:,} values" for what, (count, of) in changed.items()}
+        print_dry_run("convert", facts, [arguments.output])
+        return
     Console().print(table("converted", ("part", "parameters", "bytes", "type"), _rows(arrays)))
     if changed:
         rows = [(what, f"{of:,}", f"{count:,}") for what, (count, of) in changed.items()]

@@ -32,7 +32,7 @@ def run_stage(config: Config, *, theta: float | None = None, point: str | None =
     with Progress(console=console, disable=quiet or not console.is_terminal) as progress:
         task = progress.add_task("evaluating rows", total=None)
         result = evaluate(model, config, theta=theta, point=point, progress=lambda n: progress.advance(task, n))
-    target = Path(config.evaluate.output or Path(config.output) / "evaluation" / f"{source.name}.json")
+    target = _target(config, source, "evaluation")
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, json.dumps(result, indent=1))
     if not quiet:
@@ -76,7 +76,7 @@ def run_harness(config: Config) -> Path:
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("answering requests", total=None)
         result = evaluate_harness(model, config, progress=lambda n: progress.advance(task, n))
-    target = Path(config.evaluate.output or Path(config.output) / "harness" / f"{source.name}.json")
+    target = _target(config, source, "harness")
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, json.dumps(result, indent=1))
     Console().print(harness_table(result))
@@ -96,9 +96,33 @@ def _load(config: Config) -> tuple[Path, "LoadedModel"]:
     return source, model
 
 
+def _target(config: Config, source: Path, folder: str) -> Path:
+    return Path(config.evaluate.output or Path(config.output) / folder / f"{source.name}.json")
+
+
+def dry_run(config: Config) -> None:
+    """Prints the model, and the examples and rows that would be run."""
+    from qtale_jax import paths
+    from qtale_jax.artifact import StoredModel
+    from qtale_jax.data.scratch import without_writing
+    from qtale_jax.errors import InputError
+    from qtale_jax.evaluation.plan import facts
+    from qtale_jax.models.describe import describe
+    from qtale_jax.reporting.dry_run import print_dry_run
+
+    source = Path(config.evaluate.model or paths.newest(config))
+    model = StoredModel(source)
+    if model.tokenizer is None:
+        raise InputError(f"{source}: the model directory has no tokenizer")
+    with without_writing(config) as readable:
+        found = {"model": str(source), **describe(model.spec), **facts(readable, model.tokenizer)}
+    folder = "harness" if config.harness.tasks else "evaluation"
+    print_dry_run("evaluate", found, [_target(config, source, folder)])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluates as configured and prints where the result is."""
-    config = parse("evaluate", STAGES["evaluate"], argv)
+    config = parse("evaluate", STAGES["evaluate"], argv, dry_run)
     print(run_harness(config) if config.harness.tasks else run_stage(config))
 
 

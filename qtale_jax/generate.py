@@ -4,11 +4,39 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qtale_jax.command import STAGES, parse, run
+from qtale_jax.config.schema import Config
+
+
+def dry_run(config: Config) -> None:
+    """Prints the model and the lengths of the prompts, which have to fit into its context."""
+    from qtale_jax import paths
+    from qtale_jax.artifact import StoredModel
+    from qtale_jax.data.tokens import encode
+    from qtale_jax.errors import InputError
+    from qtale_jax.models.describe import describe
+    from qtale_jax.reporting.dry_run import print_dry_run
+
+    settings = config.generate
+    source = Path(settings.model or paths.newest(config))
+    model = StoredModel(source)
+    if model.tokenizer is None:
+        raise InputError(f"{source}: the model directory has no tokenizer")
+    lengths = [len(ids) for ids in encode(model.tokenizer, settings.prompts or ("",))]
+    longest, limit = max(lengths), model.spec.architecture.max_length
+    if min(lengths) == 0:
+        raise InputError("generate: an empty prompt needs a tokenizer with a beginning-of-sequence token")
+    if longest + settings.max_new_tokens > limit:
+        raise InputError(
+            f"a prompt of {longest} tokens and {settings.max_new_tokens} new ones exceed the context of {limit}"
+        )
+    prompts = f"{len(lengths)}, of up to {longest} tokens; {settings.max_new_tokens} new ones at most"
+    how = "greedy" if settings.temperature == 0 else f"temperature {settings.temperature:g}, top-p {settings.top_p:g}"
+    print_dry_run("generate", {"model": str(source), **describe(model.spec), "prompts": prompts, "sampling": how}, [])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints each continuation with the executed share of layers and the size of its KV cache."""
-    config = parse("generate", STAGES["generate"], argv)
+    config = parse("generate", STAGES["generate"], argv, dry_run)
     from qtale_jax import paths
     from qtale_jax.model import load
 

@@ -54,6 +54,41 @@ def run_stage(config: Config, *, quiet: bool = False) -> Path:
     return target
 
 
+def dry_run(config: Config) -> None:
+    """Prints the formats, the bytes before and after, and the plan of memory and time."""
+    import jax.numpy as jnp
+
+    from qtale_jax import paths
+    from qtale_jax.artifact import StoredModel, refuse_existing, weight_bytes
+    from qtale_jax.data.scratch import without_writing
+    from qtale_jax.models.decoder import abstract_parameters
+    from qtale_jax.models.describe import describe, weights_text
+    from qtale_jax.quantization.plan import plan
+    from qtale_jax.quantization.streaming import QuantizationRun
+    from qtale_jax.reporting.dry_run import bytes_text, print_dry_run
+
+    source, target = Path(config.quantize.model or paths.trained(config)), paths.quantized(config)
+    refuse_existing(target)
+    if config.quantize.bits == 16:
+        print_dry_run(
+            "quantize", {"model": str(source), **describe(StoredModel(source).spec), "to": "a copy"}, [target]
+        )
+        return
+    with without_writing(config) as readable:
+        job = QuantizationRun(source, readable)
+    job.check(target)
+    rows = None if job.rows is None else (job.rows.tokens.shape[0], job.rows.tokens.shape[1])
+    expected = plan(job.spec, job.formats, config.quantize, rows, jnp.dtype(config.train.compute_dtype))
+    before, after = (weight_bytes(abstract_parameters(spec))["total"] for spec in (job.spec, job.quantized_spec))
+    facts = {"model": str(source), **describe(job.spec), "to": weights_text(job.quantized_spec)}
+    facts["bytes"] = f"{bytes_text(before)} now, {bytes_text(after)} then"
+    if rows is not None:
+        facts["calibration"] = f"{rows[0]:,} rows of {rows[1]:,} tokens"
+    facts["peak memory"] = bytes_text(expected.peak)
+    facts["time"] = f"about {expected.seconds:.0f} s"
+    print_dry_run("quantize", facts, [target])
+
+
 def _copy(source: Path, target: Path) -> Path:
     """The model as it is, so that 16 bits are one more entry of a grid."""
     from qtale_jax.artifact import lineage, load_model, save_model
@@ -66,7 +101,7 @@ def _copy(source: Path, target: Path) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Quantizes as configured and prints where the model is."""
-    print(run_stage(parse("quantize", STAGES["quantize"], argv)))
+    print(run_stage(parse("quantize", STAGES["quantize"], argv, dry_run)))
 
 
 if __name__ == "__main__":

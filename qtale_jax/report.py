@@ -12,12 +12,15 @@ from qtale_jax.config.schema import Config
 from qtale_jax.paths import HELD_OUT
 from qtale_jax.reporting.aggregate import Summary, summarize
 from qtale_jax.reporting.cells import to_markdown, to_rich
+from qtale_jax.reporting.dry_run import print_dry_run
 from qtale_jax.reporting.environment import command_line, environment
 from qtale_jax.reporting.logs import read_training
 from qtale_jax.reporting.page import Making, build_page
 from qtale_jax.reporting.paired import all_differences, several_seeds, write_differences
 from qtale_jax.reporting.results import read_evaluations, write_results, write_text
 from qtale_jax.reporting.tables import all_tables, held_out_tables, quality_tables
+
+FILES = ("results.json", "report.md", "report.html")
 
 
 def _markdown(title: str, summaries: list[Summary], making: Making, held_out: list[Summary]) -> str:
@@ -68,7 +71,7 @@ def run_stage(config: Config, *, command: str | None = None, console: Console | 
     runs = read_training(output, {evaluation.row.model for evaluation in evaluations})
     held_out = summarize(read_evaluations(output / HELD_OUT)) if (output / HELD_OUT).is_dir() else []
     title, making = config.experiment.title, _making(config, command)
-    results, markdown, page = output / "results.json", output / "report.md", output / "report.html"
+    results, markdown, page = (output / name for name in FILES)
     documents = {
         markdown: _markdown(title, summaries, making, held_out),
         page: build_page(title, summaries, runs, making, held_out),
@@ -88,9 +91,24 @@ def run_stage(config: Config, *, command: str | None = None, console: Console | 
     return page
 
 
+def dry_run(config: Config) -> None:
+    """Prints what the report would be made of, and its files."""
+    output = Path(config.output)
+    summaries = summarize(read_evaluations(output / "evaluation"))
+    evaluations = [evaluation for summary in summaries for evaluation in summary.evaluations]
+    runs = read_training(output, {evaluation.row.model for evaluation in evaluations})
+    facts = {
+        "models": ", ".join(dict.fromkeys(summary.model for summary in summaries)),
+        "evaluations": f"{len(evaluations):,} of {len(summaries):,} models at a format and a threshold",
+        "training logs": f"{len(runs):,}",
+    }
+    names = [*FILES, *(["paired.json"] if several_seeds(summaries) else [])]
+    print_dry_run("report", facts, [output / name for name in names])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes the report of the experiment that the command line names."""
-    run_stage(parse("report", STAGES["report"], argv))
+    run_stage(parse("report", STAGES["report"], argv, dry_run))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,24 @@
 """`python -m qtale_jax.train CONFIG [key=value ...]`: trains a base, or fine-tunes routers and adapters."""
 
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-from qtale_jax.command import parse, run
+from qtale_jax.command import STAGES, parse, run
+from qtale_jax.config.schema import Config
 
 
-def main() -> None:
+def dry_run(config: Config) -> None:
+    """Prints model, data, sizes and steps of the run."""
+    from qtale_jax.reporting.dry_run import print_dry_run
+    from qtale_jax.training import plan
+
+    print_dry_run("train", plan.facts(config, plan.plan(config)), [Path(config.output) / "trained"])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Trains as configured; the same command continues a run that was interrupted."""
-    config = parse("train", "Train a model, or fine-tune routers and adapters on one.")
+    config = parse("train", STAGES["train"], argv, dry_run)
     from qtale_jax.training.loop import Interrupted, train
 
     try:

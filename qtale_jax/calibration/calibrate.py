@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -15,6 +16,7 @@ from qtale_jax.errors import InputError
 from qtale_jax.evaluation.evaluate import choice_rows, layout, likelihood_rows, nats_per_token, score_choices
 from qtale_jax.evaluation.likelihood import likelihoods
 from qtale_jax.inference.policies import inference_policy
+from qtale_jax.models.specification import ModelSpecification, RoutingSpecification
 
 
 def calibration_records(config: Config) -> list[Record]:
@@ -63,17 +65,26 @@ def search(model: LoadedModel, config: Config, records: list[Record]) -> Found:
     return search_quality(quality, settings.within)
 
 
+def check_calibrated(spec: ModelSpecification, tokenizer: Any) -> RoutingSpecification:
+    """The routing of a model that can be calibrated.
+
+    Raises:
+        InputError: the model is dense, or has no tokenizer.
+    """
+    if spec.routing is None:
+        raise InputError("calibrate.model has no routers: a dense model has no threshold")
+    if tokenizer is None:
+        raise InputError("calibrate.model has no tokenizer")
+    return spec.routing
+
+
 def calibrate(model: LoadedModel, config: Config) -> tuple[LoadedModel, Found]:
     """Returns the model with theta for its bit width, and how it was found.
 
     Raises:
         InputError: the model is dense, has no tokenizer, or there is too little calibration data.
     """
-    spec = model.spec
-    if spec.routing is None:
-        raise InputError("calibrate.model has no routers: a dense model has no threshold")
-    if model.tokenizer is None:
-        raise InputError("calibrate.model has no tokenizer")
+    spec, routing = model.spec, check_calibrated(model.spec, model.tokenizer)
     records = calibration_records(config)
     found, settings, bits = search(model, config, records), config.calibrate, str(spec.bits)
     note = {
@@ -85,10 +96,10 @@ def calibrate(model: LoadedModel, config: Config) -> tuple[LoadedModel, Found]:
         "data": {"kind": config.data.kind, "split": "calibration", "sha256": _digest(records)},
         "path": [list(point) for point in found.path],
     }
-    routing = spec.routing.model_copy(
+    routing = routing.model_copy(
         update={
-            "thresholds": {**spec.routing.thresholds, bits: (found.theta,) * len(spec.routed_layers)},
-            "calibration": {**spec.routing.calibration, bits: note},
+            "thresholds": {**routing.thresholds, bits: (found.theta,) * len(spec.routed_layers)},
+            "calibration": {**routing.calibration, bits: note},
         }
     )
     return dataclasses.replace(model, spec=spec.model_copy(update={"routing": routing})), found

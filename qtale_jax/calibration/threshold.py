@@ -7,6 +7,9 @@ lands nearer to the asked ratio with as few passes. Everything is measured on th
 from collections.abc import Callable
 from dataclasses import dataclass
 
+BISECTIONS = 20
+"""Most bisections of the ratio search."""
+
 GRID = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
 """Thetas that the quality search measures; QTALE only ever lowers theta from 0.5."""
 
@@ -21,7 +24,7 @@ class Found:
 
 
 def search_ratio(
-    measure: Callable[[float], float], target: float, tolerance: float, highest: float, steps: int = 20
+    measure: Callable[[float], float], target: float, tolerance: float, highest: float, steps: int = BISECTIONS
 ) -> Found:
     """Bisects theta in [0, highest] until the executed ratio is within `tolerance` of `target`.
 

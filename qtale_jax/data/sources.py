@@ -16,6 +16,9 @@ from qtale_jax.errors import InputError, nearest
 
 SPLITS = ("train", "calibration", "validation", "test")
 
+STORED = {"basic": "full", "study": "study"}
+"""Suites of the reasoning tasks, and the builder configuration that holds each."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -106,6 +109,11 @@ def _one(config: DataConfig, split: str) -> list[Record]:
     return _cut(config, split)
 
 
+def reasoning_folder(config: DataConfig) -> Path:
+    """Where the generated suites are kept."""
+    return Path(config.path or "data/reasoning")
+
+
 def _reasoning(config: DataConfig, split: str) -> list[Record]:
     suite = reasoning.SUITES[config.suite]
     unknown = [task for task in config.tasks if task not in suite.tasks]
@@ -116,8 +124,7 @@ def _reasoning(config: DataConfig, split: str) -> list[Record]:
         )
     held_out = () if split == "train" else suite.held_out
     wanted = config.tasks or [task for task in suite.tasks if task not in held_out]
-    stored = {"basic": "full", "study": "study"}[config.suite]
-    source = reasoning.load(Path(config.path or "data/reasoning"), split, stored)
+    source = reasoning.load(reasoning_folder(config), split, STORED[config.suite])
     count = len(source)
     if split == "train" and config.max_examples is not None and not config.tasks:
         count = min(count, config.max_examples)

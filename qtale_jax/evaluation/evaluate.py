@@ -135,6 +135,12 @@ def execution_maps(
     ]
 
 
+def evaluated_records(config: Config) -> list[Record]:
+    """What is evaluated: the first `evaluate.max_examples` records of every task of `evaluate.split`."""
+    data = config.data.model_copy(update={"tasks": config.evaluate.tasks or config.data.tasks})
+    return per_task(read(data, config.evaluate.split), config.evaluate.max_examples)
+
+
 def evaluate(
     model: LoadedModel,
     config: Config,
@@ -158,8 +164,7 @@ def evaluate(
     spec, tokenizer = model.spec, model.tokenizer
     theta = config.evaluate.threshold if theta is None and spec.routing else theta
     params, policy = layout(spec, model.params), inference_policy(spec, theta)
-    data = config.data.model_copy(update={"tasks": config.evaluate.tasks or config.data.tasks})
-    records = per_task(read(data, config.evaluate.split), config.evaluate.max_examples)
+    records = evaluated_records(config)
     dtype = jnp.dtype(config.train.compute_dtype)
     settings = {"batch_size": config.evaluate.batch_size, "compute_dtype": dtype, "progress": progress}
     gold_rows = likelihood_rows(records, tokenizer, config)

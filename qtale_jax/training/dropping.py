@@ -72,8 +72,8 @@ def most_influential(influence: Float[np.ndarray, " l"], keep: int, first: int) 
     return tuple(sorted((*range(first), *others[: keep - first])))
 
 
-def layers_to_keep(config: Config, spec: ModelSpecification, params: Parameters, tokenizer) -> tuple[int, ...]:
-    """Chooses the layers that stay, as `model.drop` says.
+def number_to_keep(config: Config, spec: ModelSpecification) -> int:
+    """How many layers stay, as `model.drop` says.
 
     Raises:
         InputError: the model is routed, or the share leaves less than the always-on layers and one more.
@@ -87,8 +87,18 @@ def layers_to_keep(config: Config, spec: ModelSpecification, params: Parameters,
             f"model.drop.keep={drop.keep:g} leaves {keep} of {layers} layers; "
             f"allowed: more than routing.always_on_layers={first}"
         )
+    return keep
+
+
+def layers_to_keep(config: Config, spec: ModelSpecification, params: Parameters, tokenizer) -> tuple[int, ...]:
+    """Chooses the layers that stay, as `model.drop` says.
+
+    Raises:
+        InputError: as `number_to_keep`.
+    """
+    drop, keep, first = config.model.drop, number_to_keep(config, spec), config.routing.always_on_layers
     if drop.by == "even":
-        return even_layers(layers, keep, first)
+        return even_layers(spec.architecture.num_layers, keep, first)
     rows = load_rows(config, tokenizer, "calibration")
     chosen = {name: array[: drop.examples] for name, array in rows.items()}
     return most_influential(block_influence(spec, params, chosen["tokens"], chosen["segment_ids"]), keep, first)

@@ -35,21 +35,34 @@ def _differences(old: dict | None, new: dict | None, prefix: str = "") -> list[s
     return out
 
 
-def claim(directory: Path, config: Config) -> None:
-    """Records the identity of a run in its folder, or checks that it is the same as the one recorded there.
+def check_claim(directory: Path, config: Config) -> bool:
+    """Whether a run has to be recorded in its folder; False if it is recorded there already. Nothing is written.
 
     Raises:
         InputError: the folder holds a run with another configuration, or checkpoints that nothing tells the run of.
     """
-    file, identity = directory / "run.json", json.loads(json.dumps(run_identity(config)))
+    file = directory / "run.json"
     if file.exists():
+        identity = json.loads(json.dumps(run_identity(config)))
         differences = _differences(json.loads(file.read_text()), identity)
         if differences:
             raise InputError(f"{directory} holds another run: {'; '.join(differences[:3])}; choose another output")
-        return
+        return False
     if (directory / "checkpoints").exists():
         raise InputError(f"{directory} holds checkpoints, but run.json, which tells of what run, is missing")
+    return True
+
+
+def claim(directory: Path, config: Config) -> None:
+    """Records the identity of a run in its folder, or checks that it is the same as the one recorded there.
+
+    Raises:
+        InputError: as `check_claim`.
+    """
+    if not check_claim(directory, config):
+        return
+    file = directory / "run.json"
     directory.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(identity, indent=1))
+    temporary.write_text(json.dumps(run_identity(config), indent=1))
     temporary.rename(file)

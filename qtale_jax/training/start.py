@@ -103,7 +103,7 @@ def starting_model(
         inherited = loaded.provenance
         if tokenizer is None:
             raise InputError(f"model.path={config.model.path}: the model directory has no tokenizer")
-        _check_quantized(config, spec)
+        check_quantized(config, spec)
         if config.model.drop.keep < 1:
             spec, params = drop_layers(spec, params, layers_to_keep(config, spec, params, tokenizer))
     else:
@@ -111,6 +111,18 @@ def starting_model(
         architecture = architecture_from(config.model.architecture, len(tokenizer))
         spec = ModelSpecification(architecture=architecture, dtype=config.model.dtype)
         params, inherited = initialize(spec, jax.random.fold_in(key, 0)), {}
+    spec, params = extended(config, spec, params, jax.random.fold_in(key, 1))
+    return spec, params, tokenizer, inherited
+
+
+def extended(
+    config: Config, spec: ModelSpecification, params: Parameters, key: jax.Array
+) -> tuple[ModelSpecification, Parameters]:
+    """The model with the routers and adapters that the configuration asks for; also under `jax.eval_shape`.
+
+    Raises:
+        InputError: rows longer than the model's context, or routing that does not go with the model's.
+    """
     if config.data.length > spec.architecture.max_length:
         raise InputError(
             f"data.length={config.data.length} is longer than the model's context, "
@@ -120,12 +132,10 @@ def starting_model(
     lora = None
     if config.lora is not None and config.train.parameters == "adapters":
         lora = LoraSpecification(**config.lora.model_dump())
-    routing = routing_from(config, spec.architecture.num_layers)
-    spec, params = adapt(spec, params, routing, lora, jax.random.fold_in(key, 1))
-    return spec, params, tokenizer, inherited
+    return adapt(spec, params, routing_from(config, spec.architecture.num_layers), lora, key)
 
 
-def _check_quantized(config: Config, spec: ModelSpecification) -> None:
+def check_quantized(config: Config, spec: ModelSpecification) -> None:
     """Of a quantized model only the routers can train, over weights that stay as they are stored."""
     if spec.quantization is None:
         return

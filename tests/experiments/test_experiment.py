@@ -48,6 +48,7 @@ def test_an_experiment_runs_once_and_then_only_reports(tmp_path, run_module):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
     done = run_module("qtale_jax.experiment", "tiny.yaml")
     assert done.returncode == 0, done.stderr
+    assert not set("\x1b\r\x08") & set(done.stdout + done.stderr)  # a log file gets no progress bars
     run = tmp_path / "run"
     assert str(run / "report.html") in done.stdout.replace("\n", "") or "report.html" in done.stdout
     rows = json.loads((run / "results.json").read_text())

@@ -142,6 +142,11 @@ class Reasoning(tfds.core.GeneratorBasedBuilder):
         yield from enumerate(examples)
 
 
+def is_prepared(data_dir: str | os.PathLike[str], config: str = "full") -> bool:
+    """Whether the files of `config` are under `data_dir`; nothing is written."""
+    return _builder(data_dir, config).is_prepared()
+
+
 def prepare(data_dir: str | os.PathLike[str], config: str = "full") -> Reasoning:
     """Returns the builder of `config` under `data_dir`, its files generated unless they are there already.
 

@@ -13,6 +13,7 @@ from lm_eval.tasks import TaskManager
 from qtale_jax.config.schema import DataConfig, HarnessConfig
 from qtale_jax.data.sources import Choice, read
 from qtale_jax.errors import InputError, nearest
+from qtale_jax.evaluation.harness.files import check_files
 
 ROWS = Path(__file__).with_name("rows.yaml")
 """The task that a file of {query, choices, gold} rows becomes."""
@@ -33,11 +34,7 @@ def load_tasks(config: HarnessConfig) -> dict[str, Any]:
     Raises:
         InputError: an unknown name, a missing or malformed file, or data that cannot be had.
     """
-    for name in config.tasks:
-        if Path(name).suffix in (".yaml", ".yml", ".json", ".jsonl") and not Path(name).is_file():
-            raise InputError(f"harness.tasks: {name}: no such file")
-        if Path(name).suffix in (".json", ".jsonl") and config.num_fewshot:
-            raise InputError(f"harness.num_fewshot={config.num_fewshot}: {name} has no other rows to show; allowed: 0")
+    check_files(config)
     by_name = [name for name in config.tasks if not Path(name).suffix]
     # Reading the thousands of tasks that the harness brings takes seconds, which local files need not wait for.
     manager = TaskManager(include_path=config.include_path, include_defaults=bool(by_name))

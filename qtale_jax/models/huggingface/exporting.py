@@ -87,19 +87,11 @@ def to_huggingface(
         InputError: `path` is not a whole model directory, or `out` exists; with `quantized`, a model that the layout
             cannot hold.
     """
-    form = None
-    if quantized is not None:
-        if dtype is not None:
-            raise InputError(f"dtype={dtype!r} does not go with quantized={quantized!r}, which is stored in float16")
-        form = check_fits(read_model_json(path).spec, str(path))
+    form = _form(path, dtype, quantized)
     with new_directory(out) as directory:
         model = load_model(path, shardings=SingleDeviceSharding(_host()))
         original = model.provenance.get("huggingface", {})
-        changed: dict[str, tuple[int, int]] = {}
-        if form is None:
-            news = [_tensor(model, tensor, original, dtype) for tensor in tensors(model.spec.architecture)]
-        else:
-            news, changed = _packed(model, str(path))
+        news, changed = _tensors(model, str(path), form, dtype)
         files = write_checkpoint(directory, news, shard_bytes)
         common = Counter[str]()
         for new in news:
@@ -113,8 +105,41 @@ def to_huggingface(
         _write_json(directory / "generation_config.json", generation)
         if model.tokenizer is not None:
             save_tokenizer(model.tokenizer, directory)
-        routers = _write_routers(directory, model, restored=form is None)
+        routers = _router_tensors(model)
+        if model.spec.routing is not None:  # hashed routers have no tensors, but a way to decide
+            _write_routers(directory, model.spec, model.spec.routing, routers, restored=form is None)
     return Written(model.spec, news, routers, files + ([ROUTERS] if routers else []), changed)
+
+
+def would_write(path: str | Path, *, dtype: Storage | None = None, quantized: Literal["awq"] | None = None) -> Written:
+    """What `to_huggingface` would write, all of it checked, without writing it; `files` is empty.
+
+    Raises:
+        InputError: as `to_huggingface`.
+    """
+    form = _form(path, dtype, quantized)
+    model = load_model(path, shardings=SingleDeviceSharding(_host()))
+    news, changed = _tensors(model, str(path), form, dtype)
+    return Written(model.spec, news, _router_tensors(model), [], changed)
+
+
+def _form(path: str | Path, dtype: Storage | None, quantized: Literal["awq"] | None) -> TensorFormat | None:
+    """The packed format of the linears; None: floating point."""
+    if quantized is None:
+        return None
+    if dtype is not None:
+        raise InputError(f"dtype={dtype!r} does not go with quantized={quantized!r}, which is stored in float16")
+    return check_fits(read_model_json(path).spec, str(path))
+
+
+def _tensors(
+    model: LoadedModel, where: str, form: TensorFormat | None, dtype: Storage | None
+) -> tuple[list[NewTensor], dict[str, tuple[int, int]]]:
+    """The tensors of the checkpoint, and what float16 changed, of how much."""
+    if form is not None:
+        return _packed(model, where)
+    original = model.provenance.get("huggingface", {})
+    return [_tensor(model, tensor, original, dtype) for tensor in tensors(model.spec.architecture)], {}
 
 
 def _host() -> jax.Device:
@@ -213,25 +238,33 @@ def _special_tokens(tokenizer: "PreTrainedTokenizerBase | None") -> dict[str, in
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _write_routers(directory: Path, model: LoadedModel, *, restored: bool) -> list[NewTensor]:
-    """Writes the routers in floating point, and beside them what was `restored`, or packed."""
-    if model.spec.routing is None:
-        return []
+def _router_tensors(model: LoadedModel) -> list[NewTensor]:
+    """The routers, in floating point."""
     plain = flatten(abstract_parameters(model.spec.model_copy(update={"quantization": None})))
-    news = [
+    return [
         NewTensor(path.replace("/", "."), np.dtype(leaf.dtype), leaf.shape, partial(_router, model, path, leaf.shape))
         for path, leaf in plain.items()
         if "/router/" in path
     ]
-    write_file(directory / ROUTERS, news)
-    quantization, routing = model.spec.quantization, model.spec.routing
+
+
+def _write_routers(
+    directory: Path,
+    spec: ModelSpecification,
+    routing: RoutingSpecification,
+    routers: list[NewTensor],
+    *,
+    restored: bool,
+) -> None:
+    """Writes the routers and, beside them, how they decide and what was `restored`, or packed."""
+    write_file(directory / ROUTERS, routers)
+    quantization = spec.quantization
     document = {
         "format": FORMAT,
-        "routing": (_restored_routing(model.spec, routing) if restored else routing).model_dump(mode="json"),
+        "routing": (_restored_routing(spec, routing) if restored else routing).model_dump(mode="json"),
         "quantization": None if quantization is None else quantization.model_dump(mode="json"),
     }
     _write_json(directory / ROUTING, document)
-    return news
 
 
 def _router(model: LoadedModel, path: str, shape: tuple[int, ...]) -> np.ndarray:
