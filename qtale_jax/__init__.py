@@ -8,16 +8,21 @@ model.generate(["..."], max_new_tokens=20)
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Generation", "Model", "Score", "__version__", "load"]
+__all__ = ["Generation", "Model", "Results", "Score", "TextRouting", "__version__", "load", "results"]
 
 if TYPE_CHECKING:
-    from qtale_jax.model import Generation, Model, Score, load
+    from qtale_jax.model import Generation, Model, Score, TextRouting, load
+    from qtale_jax.reporting.comparison import Results, results
 
 
 def __getattr__(name: str) -> Any:
     # The public names need JAX; importing them on first use keeps `--help` and refused configurations fast.
-    if name in ("Generation", "Model", "Score", "load"):
+    if name in ("Generation", "Model", "Score", "TextRouting", "load"):
         from qtale_jax import model
 
         return getattr(model, name)
+    if name in ("Results", "results"):
+        from qtale_jax.reporting import comparison
+
+        return getattr(comparison, name)
     raise AttributeError(f"module 'qtale_jax' has no attribute {name!r}")

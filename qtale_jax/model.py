@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike
 
-from qtale_jax.artifact import LoadedModel, load_model, save_model
+from qtale_jax.artifact import LoadedModel, load_model, save_model, weight_bytes
 from qtale_jax.data.tokens import encode, encode_pairs
 from qtale_jax.errors import InputError
 from qtale_jax.evaluation.likelihood import Row, likelihoods, padded_length
@@ -19,6 +19,7 @@ from qtale_jax.inference.policies import inference_policy
 from qtale_jax.inference.streaming import Options, Progress, joined, stream
 from qtale_jax.models.cache import cache_bytes
 from qtale_jax.models.decoder import Parameters
+from qtale_jax.models.describe import describe
 from qtale_jax.models.forward import Output, Routing, forward
 from qtale_jax.models.policy import Policy
 from qtale_jax.models.specification import ModelSpecification
@@ -65,6 +66,22 @@ class TextRouting:
     def executed_ratio(self) -> float:
         """Executed share of all tokens and layers."""
         return float(self.execute.mean())
+
+    def __repr__(self) -> str:
+        tokens, layers = self.execute.shape
+        return f"TextRouting({tokens} tokens × {layers} layers, {self.executed_ratio:.3f} executed)"
+
+    def _repr_html_(self) -> str:
+        from qtale_jax.reporting.notebook import routing_html
+        from qtale_jax.reporting.results import ExecutionMap
+
+        content = {
+            "tokens": self.words,
+            "execute": self.execute.tolist(),
+            "probability": self.probability.tolist(),
+            "always_on_layers": self.execute.shape[1] - self.probability.shape[1],
+        }
+        return routing_html(ExecutionMap.model_validate(content))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,6 +287,21 @@ class Model:
         thresholds = {**self.spec.routing.thresholds, str(self.spec.bits): values}
         routing = self.spec.routing.model_copy(update={"thresholds": thresholds})
         return dataclasses.replace(self, spec=self.spec.model_copy(update={"routing": routing}))
+
+    def __repr__(self) -> str:
+        return f"Model({'; '.join(describe(self.spec).values())})"
+
+    def _repr_html_(self) -> str:
+        from qtale_jax.reporting.notebook import facts_html
+
+        sizes = weight_bytes(self.params)
+        parts = ", ".join(f"{part} {size:,}" for part, size in sizes.items() if size and part != "total")
+        facts = {**describe(self.spec), "bytes": f"{sizes['total']:,} ({parts})"}
+        parent = self.provenance.get("parent") or {}
+        made = {"stage": self.provenance.get("stage"), "of": parent.get("path"), "seed": self.provenance.get("seed")}
+        if known := [f"{name} {value}" for name, value in made.items() if value is not None]:
+            facts["made by"] = ", ".join(known).replace("stage ", "")
+        return facts_html("Model", facts)
 
     def save(self, path: str | Path) -> None:
         """Writes a model directory that `load` reads back.

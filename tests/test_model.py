@@ -56,7 +56,8 @@ def model(path):
 
 
 def test_the_package_has_what_it_promises():
-    assert {"load", "Model", "Generation", "Score", "__version__"} == set(qtale_jax.__all__)
+    names = {"load", "results", "Model", "Generation", "Results", "Score", "TextRouting", "__version__"}
+    assert names == set(qtale_jax.__all__)
     for name in qtale_jax.__all__:
         assert getattr(qtale_jax, name)
     with pytest.raises(AttributeError, match="has no attribute 'lode'"):
@@ -220,3 +221,18 @@ def test_a_model_without_a_tokenizer(tmp_path):
 def test_a_missing_model(tmp_path):
     with pytest.raises(InputError, match="nowhere"):
         qtale_jax.load(tmp_path / "nowhere")
+
+
+def test_a_notebook_shows_what_a_model_is_and_what_a_text_executes(model, tmp_path_factory):
+    assert repr(model).startswith("Model(llama, 3 layers of width 16") and len(repr(model)) < 300
+    shown = model._repr_html_()
+    assert "QTALE, routers in layers 1 to 2" in shown and "seed 3" in shown
+    assert f"{sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)):,} (" in shown
+    routing = model.routing(PROMPT)
+    tokens, layers = routing.execute.shape
+    assert repr(routing).startswith(f"TextRouting({tokens} tokens × {layers} layers, ")
+    assert routing._repr_html_().count("<title>") == tokens * layers
+    assert f"p(execute) = {routing.probability[2, 0]:.3f}" in routing._repr_html_()
+    dense = qtale_jax.load(saved(tmp_path_factory.mktemp("dense"), routed=False))
+    assert "every token executes every layer" in dense._repr_html_()
+    assert "100.0 % of" in dense.routing(PROMPT)._repr_html_()

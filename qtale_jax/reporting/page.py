@@ -8,6 +8,7 @@ from qtale_jax.reporting import plots, tables
 from qtale_jax.reporting.aggregate import Summary, at_reference, families, reference_point
 from qtale_jax.reporting.cells import Table
 from qtale_jax.reporting.execution_map import MOST_TOKENS, execution_map
+from qtale_jax.reporting.html_table import table_html
 from qtale_jax.reporting.labels import Look, format_labels, looks, metrics, model_label, point_label
 from qtale_jax.reporting.logs import TrainingRun
 from qtale_jax.reporting.panels import Plot
@@ -32,31 +33,6 @@ class _Section:
     anchor: str
     heading: str
     body: str
-
-
-def table_html(table: Table) -> str:
-    """A table with its note. A name that repeats the one above is kept for screen readers but not shown."""
-    heads = "".join(
-        f'<th scope="col"{"" if column < table.labels else " class=n"}>{escape(header)}</th>'
-        for column, header in enumerate(table.headers)
-    )
-    body = []
-    for number, row in enumerate(table.rows):
-        cells = []
-        same = number > 0 and number not in table.breaks
-        for column, cell in enumerate(row):
-            text = escape(cell.text) + (f" <small>{escape(cell.detail)}</small>" if cell.detail else "")
-            if column == 0:
-                repeated = same and str(cell) == str(table.rows[number - 1][0])
-                cells.append(f'<th scope="row"{" class=same" if repeated else ""}>{text}</th>')
-            else:
-                cells.append(f"<td>{text}</td>" if column < table.labels else f'<td class="n">{text}</td>')
-        body.append(f"<tr{' class=break' if number in table.breaks else ''}>{''.join(cells)}</tr>")
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.title)}">'
-        f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-        f'<p class="note">{escape(table.note)}</p>'
-    )
 
 
 def _swatch(look: Look) -> str:
