@@ -32,7 +32,7 @@ STAGES = {
     "evaluate": "measure accuracy, perplexity, executed ratio and cost of a model",
     "generate": "continue prompts",
     "experiment": "run all stages over methods, quantizers and seeds, then report",
-    "report": "write results.json, the Markdown table and the HTML page of an experiment",
+    "report": "write results.json, the Markdown tables, the HTML page and the model card of an experiment",
 }
 """The entry points `python -m qtale_jax.<stage>`, in the order of use."""
 

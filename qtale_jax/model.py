@@ -318,10 +318,20 @@ class Model:
 
 
 def load(path: str | Path, *, compute_dtype: str = "float32") -> Model:
-    """Loads a model directory; `compute_dtype` ("float32" or "bfloat16") is the type of activations.
+    """Loads a model directory, or a folder in Hugging Face layout; one that `convert --to-hf` wrote keeps its routers.
+
+    Args:
+        path: the folder.
+        compute_dtype: "float32" or "bfloat16", the type of activations.
 
     Raises:
         InputError: missing or damaged.
     """
-    loaded: LoadedModel = load_model(path)
+    folder = Path(path)
+    if (folder / "config.json").is_file() and not (folder / "model.json").exists():
+        from qtale_jax.models.huggingface import load_huggingface
+
+        loaded = load_huggingface(folder)
+    else:
+        loaded: LoadedModel = load_model(folder)
     return Model(loaded.spec, loaded.params, loaded.tokenizer, loaded.provenance, compute_dtype)

@@ -11,6 +11,7 @@ from qtale_jax.command import STAGES, parse, run
 from qtale_jax.config.schema import Config
 from qtale_jax.paths import HELD_OUT
 from qtale_jax.reporting.aggregate import Summary, summarize
+from qtale_jax.reporting.card import build_card, read_models
 from qtale_jax.reporting.cells import to_markdown, to_rich
 from qtale_jax.reporting.dry_run import print_dry_run
 from qtale_jax.reporting.environment import command_line, environment
@@ -20,7 +21,7 @@ from qtale_jax.reporting.paired import all_differences, several_seeds, write_dif
 from qtale_jax.reporting.results import read_evaluations, write_results, write_text
 from qtale_jax.reporting.tables import all_tables, held_out_tables, quality_tables
 
-FILES = ("results.json", "report.md", "report.html")
+FILES = ("results.json", "report.md", "report.html", "README.md")
 
 
 def _markdown(title: str, summaries: list[Summary], making: Making, held_out: list[Summary]) -> str:
@@ -48,7 +49,7 @@ def _making(config: Config, command: str | None) -> Making:
 
 
 def run_stage(config: Config, *, command: str | None = None, console: Console | None = None) -> Path:
-    """Writes OUTPUT/results.json, report.md and report.html, prints the main quality table and the paths.
+    """Writes OUTPUT/results.json, report.md, report.html and the model card README.md, prints the main table and paths.
 
     With several seeds, paired.json holds the paired differences of all models.
 
@@ -71,10 +72,11 @@ def run_stage(config: Config, *, command: str | None = None, console: Console | 
     runs = read_training(output, {evaluation.row.model for evaluation in evaluations})
     held_out = summarize(read_evaluations(output / HELD_OUT)) if (output / HELD_OUT).is_dir() else []
     title, making = config.experiment.title, _making(config, command)
-    results, markdown, page = (output / name for name in FILES)
+    results, markdown, page, card = (output / name for name in FILES)
     documents = {
         markdown: _markdown(title, summaries, making, held_out),
         page: build_page(title, summaries, runs, making, held_out),
+        card: build_card(config, summaries, read_models(output), making.command),
     }
     write_results(results, [evaluation.row for summary in summaries for evaluation in summary.evaluations])
     paired = output / "paired.json"
@@ -85,7 +87,7 @@ def run_stage(config: Config, *, command: str | None = None, console: Console | 
     for path, text in documents.items():
         write_text(path, text)
     console.print(to_rich(quality_tables(summaries)[0]))
-    for path in filter(Path.exists, (results, paired, markdown, page)):
+    for path in filter(Path.exists, (results, paired, markdown, card, page)):
         # Paths go out whole on one line, so that they can be copied.
         console.print(str(path), highlight=False, markup=False, soft_wrap=True)
     return page

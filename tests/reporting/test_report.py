@@ -27,13 +27,13 @@ def _config(output) -> Config:
     return Config.model_validate({"output": str(output), "experiment": {"title": "Seven tasks"}})
 
 
-def test_the_stage_writes_four_files_and_prints_the_table(output):
+def test_the_stage_writes_its_files_and_prints_the_table(output):
     console = Console(width=100)
     with console.capture() as capture:
         page = run_stage(_config(output), command="python -m qtale_jax.experiment a.yaml", console=console)
     printed = capture.get()
     assert page == output / "report.html"
-    for name in ("results.json", "paired.json", "report.md", "report.html"):
+    for name in ("results.json", "paired.json", "report.md", "report.html", "README.md"):
         assert str(output / name) in printed.splitlines()
     rows = json.loads((output / "results.json").read_text())
     assert len(rows) == 100 and all(tuple(row) == RESULT_KEYS for row in rows)

@@ -17,6 +17,7 @@ from qtale_jax.artifact import LoadedModel, load_model, new_directory, read_mode
 from qtale_jax.artifact.arrays import flatten
 from qtale_jax.errors import InputError
 from qtale_jax.models.decoder import Parameters, abstract_parameters
+from qtale_jax.models.huggingface.card import checkpoint_card
 from qtale_jax.models.huggingface.config import config_for
 from qtale_jax.models.huggingface.exporting_awq import (
     FLOAT16,
@@ -68,7 +69,8 @@ def to_huggingface(
 
     Adapters are merged and quantized weights restored on the way. Tied models have no `lm_head.weight`. Routed models
     get `routers.safetensors` and `qtale.json` beside, from which `read_huggingface` brings the routers back; to
-    transformers they are dense. A model that came from Hugging Face keeps its own config.json and tensor types.
+    transformers they are dense. README.md says what the model is and how both are opened. A model that came from
+    Hugging Face keeps its own config.json and tensor types.
 
     With `quantized="awq"` the linears keep their integers and zero points, packed as AutoAWQ (version gemm) does;
     symmetric ones get zero points in the middle. Everything else is written in float16, quantized embeddings, heads and
@@ -108,6 +110,8 @@ def to_huggingface(
         routers = _router_tensors(model)
         if model.spec.routing is not None:  # hashed routers have no tensors, but a way to decide
             _write_routers(directory, model.spec, model.spec.routing, routers, restored=form is None)
+        card = checkpoint_card(Path(out).name, model.spec, model.provenance, packed=form is not None)
+        (directory / "README.md").write_text(card, encoding="utf-8")
     return Written(model.spec, news, routers, files + ([ROUTERS] if routers else []), changed)
 
 

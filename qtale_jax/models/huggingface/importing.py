@@ -6,11 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from pydantic import ValidationError
 
-from qtale_jax.artifact import Deferred, load_tokenizer, save_model
+from qtale_jax.artifact import Deferred, LoadedModel, load_tokenizer, save_model
 from qtale_jax.artifact.arrays import Flat, flatten, nest
 from qtale_jax.errors import InputError
 from qtale_jax.models.decoder import Parameters, abstract_parameters
@@ -68,6 +69,17 @@ def from_huggingface(
         overwrite=overwrite,
     )
     return checkpoint
+
+
+def load_huggingface(source: str | Path) -> LoadedModel:
+    """A checkpoint in Hugging Face layout as a model in memory; its routers are read where it was exported with some.
+
+    Raises:
+        InputError: as `read_huggingface`.
+    """
+    found = read_huggingface(source)
+    arrays = {name: jnp.asarray(leaf.read()) for name, leaf in flatten(found.params).items()}
+    return LoadedModel(found.spec, nest(arrays), found.tokenizer, found.provenance)
 
 
 def read_huggingface(source: str | Path, *, dtype: Storage | None = None) -> Checkpoint:
