@@ -64,7 +64,8 @@ def test_links_and_keys_lead_somewhere(page):
         if not target.startswith(("http://", "https://")):
             generated = target.endswith("reference/configuration.md")
             assert generated or (page.parent / target).exists(), target
-    sections = ("model", "routing", "lora", "data", "train", "mesh", "quantize", "calibrate", "evaluate", "generate")
+    sections = ("model", "routing", "lora", "data", "train", "mesh", "quantize")
+    sections += ("calibrate", "evaluate", "harness", "generate")
     for key in re.findall(rf"`((?:{'|'.join(sections)})(?:\.[a-z_]+)+)[:=`]", text):
         assert key.endswith(".json") or find(key.split(".")) is not None, key
 
