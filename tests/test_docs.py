@@ -73,7 +73,7 @@ def test_links_and_keys_lead_somewhere(page):
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.stem)
 def test_files_that_pages_name_are_there(page):
     text = page.read_text(encoding="utf-8")
-    for name in re.findall(r"`((?:qtale_jax|configs|launch|tests|notebooks|benchmarks)/[\w./-]+)`", text):
+    for name in re.findall(r"`((?:qtale_jax|configs|launch|tests|benchmarks)/[\w./-]+)`", text):
         assert (ROOT / name).exists(), name
     for name in re.findall(r"`((?:models|quantization|training|config|data|inference)/[\w./-]+\.py)`", text):
         assert name.endswith("/NAME.py") or (ROOT / "qtale_jax" / name).exists(), name
