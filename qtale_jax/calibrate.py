@@ -38,10 +38,9 @@ def dry_run(config: Config) -> None:
     """Prints the model, the rows that theta would be searched on, and how often they would be run."""
     from qtale_jax import paths
     from qtale_jax.artifact import StoredModel, refuse_existing
-    from qtale_jax.calibration.calibrate import calibration_records, check_calibrated
+    from qtale_jax.calibration.calibrate import calibration_records, calibration_rows, check_calibrated
     from qtale_jax.calibration.threshold import BISECTIONS, GRID
     from qtale_jax.data.scratch import without_writing
-    from qtale_jax.evaluation.evaluate import likelihood_rows
     from qtale_jax.models.describe import describe
     from qtale_jax.reporting.dry_run import print_dry_run
 
@@ -50,7 +49,7 @@ def dry_run(config: Config) -> None:
     model, settings = StoredModel(source), config.calibrate
     check_calibrated(model.spec, model.tokenizer)
     with without_writing(config) as readable:
-        rows = likelihood_rows(calibration_records(readable), model.tokenizer, config)
+        rows, _ = calibration_rows(calibration_records(readable), model.tokenizer, config)
     by_ratio = settings.objective == "ratio"
     goal = f"ratio {settings.ratio:g}, within {settings.tolerance:g}" if by_ratio else "the smallest ratio"
     facts = {
@@ -58,7 +57,7 @@ def dry_run(config: Config) -> None:
         **describe(model.spec),
         "goal": goal if by_ratio else f"{goal} within {settings.within:g} of the best quality",
         "calibration": f"{len(rows):,} rows, {sum(len(row.ids) for row in rows):,} tokens",
-        "passes": f"at most {2 + BISECTIONS} over them" if by_ratio else f"{len(GRID)} over them, all answers scored",
+        "passes": f"at most {2 + BISECTIONS} over them" if by_ratio else f"{len(GRID)} over them",
     }
     print_dry_run("calibrate", facts, [target])
 

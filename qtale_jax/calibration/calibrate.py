@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from qtale_jax.artifact import LoadedModel
 from qtale_jax.calibration.threshold import Found, search_quality, search_ratio
@@ -14,7 +15,7 @@ from qtale_jax.config.schema import Config
 from qtale_jax.data.sources import Choice, Record, read
 from qtale_jax.errors import InputError
 from qtale_jax.evaluation.evaluate import choice_rows, layout, likelihood_rows, nats_per_token, score_choices
-from qtale_jax.evaluation.likelihood import likelihoods
+from qtale_jax.evaluation.likelihood import Row, likelihoods
 from qtale_jax.inference.policies import inference_policy
 from qtale_jax.models.specification import ModelSpecification, RoutingSpecification
 
@@ -38,15 +39,21 @@ def _digest(records: list[Record]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def calibration_rows(records: list[Record], tokenizer: Any, config: Config) -> tuple[list[Row], np.ndarray | None]:
+    """The rows that evaluation would run, and for choices the question that each belongs to.
+
+    Every choice is run, since tokens of answers execute more than those of questions.
+    """
+    choices = [record for record in records if isinstance(record, Choice)]
+    return choice_rows(choices, tokenizer) if choices else (likelihood_rows(records, tokenizer, config), None)
+
+
 def search(model: LoadedModel, config: Config, records: list[Record]) -> Found:
     """Finds theta for a loaded, routed model."""
     settings, spec = config.calibrate, model.spec
     params = layout(spec, model.params)
     choices = [record for record in records if isinstance(record, Choice)]
-    # The rows that evaluation runs: with every choice, since tokens of answers execute more than those of questions.
-    rows, owners = (
-        choice_rows(choices, model.tokenizer) if choices else (likelihood_rows(records, model.tokenizer, config), None)
-    )
+    rows, owners = calibration_rows(records, model.tokenizer, config)
     batch = {"batch_size": config.evaluate.batch_size, "compute_dtype": jnp.dtype(config.train.compute_dtype)}
     if settings.objective == "ratio":
         return search_ratio(
