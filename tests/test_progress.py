@@ -33,6 +33,7 @@ def config_file(tmp_path):
     return str(tmp_path / "config.yaml")
 
 
+@pytest.mark.slow
 def test_stages_print_whole_lines(config_file, capsys):
     train([config_file])
     config = parse("quantize", STAGES["quantize"], [config_file])

@@ -1,7 +1,7 @@
 """Published tasks through the `datasets` library: rows as multiple-choice questions, by templates that are data."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def questions(task: str, split: str, folder: str | None) -> Iterator[tuple[str, 
     entry = catalogue()[task]
     environment = SandboxedEnvironment(undefined=StrictUndefined)
     query = environment.from_string(entry["query"])
-    choices, gold = (environment.compile_expression(entry[key], undefined_to_none=False) for key in ("choices", "gold"))
+    choices, gold = (_expression(environment, entry[key]) for key in ("choices", "gold"))
     for number, row in enumerate(_rows(task, entry["splits"][split], folder), 1):
         try:
             found = query.render(row), [str(choice) for choice in choices(**row)], int(gold(**row))
@@ -59,6 +59,10 @@ def questions(task: str, split: str, folder: str | None) -> Iterator[tuple[str, 
                 "hidden in this split"
             )
         yield found
+
+
+def _expression(environment: Any, text: str) -> Callable[..., Any]:
+    return environment.compile_expression(text, undefined_to_none=False)
 
 
 def _rows(task: str, split: str, folder: str | None) -> Any:

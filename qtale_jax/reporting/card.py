@@ -81,7 +81,7 @@ def _index(config: Config, summary: Summary, name: str) -> dict[str, Any]:
             {
                 "task": {"type": "text-generation"},
                 "dataset": dataset,
-                "metrics": [_metric(*each) for each in metrics if each[2] is not None],
+                "metrics": [_metric(kind, label, found) for kind, label, found in metrics if found is not None],
             }
         ],
     }

@@ -53,6 +53,7 @@ def pairs() -> list[tuple[str, str]]:
     return [(text(draw, n), " " + text(draw, int(draw.integers(1, 6)))) for n in lengths]
 
 
+@pytest.mark.slow
 def test_order_padding_and_batch_size_change_no_score(small, pairs):
     asked = [instance("loglikelihood", *pair) for pair in pairs]
     expected = HarnessModel(small, batch_size=4).loglikelihood(asked)
@@ -78,6 +79,7 @@ def test_what_does_not_fit_loses_its_beginning_and_is_counted(small, pairs):
     assert found[index][0] == pytest.approx(log_p[-count:].sum(), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_every_task_is_counted_by_itself(small, pairs):
     tasks = ["a" if index % 3 else "b" for index in range(len(pairs))]
     model = HarnessModel(small, batch_size=4)

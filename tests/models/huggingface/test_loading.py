@@ -52,6 +52,7 @@ def same(one: qtale_jax.Model, other: qtale_jax.Model, tolerance: float) -> None
     np.testing.assert_allclose(one.forward(tokens).logits, other.forward(tokens).logits, rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_the_folder_is_routed_here_and_dense_there(models, tmp_path):
     to_huggingface(models / "routed", tmp_path / "hf")
     model, again = qtale_jax.load(models / "routed"), qtale_jax.load(tmp_path / "hf")
