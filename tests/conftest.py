@@ -74,6 +74,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("first") is None)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _few_compiled_programs():
+    """Lets programs go between modules before a process runs out of memory maps (65,530 by default on Linux).
+
+    Every compiled program takes several; beyond the limit the process dies without a message.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder with the checkpoints and texts that tests may use where they are present."""

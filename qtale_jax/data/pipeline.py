@@ -52,8 +52,7 @@ def load_rows(config: Config, tokenizer: Any, split: str) -> Rows:
     """Reads, tokenizes and lays out one split."""
     found, counts = examples(config, tokenizer, split)
     rows = build_rows(found, config.data.length, config.data.packing)
-    # Of files that users bring, what was read is always said; generated sets fit, unless something is wrong.
-    level = logging.WARNING if config.data.kind != "reasoning" or counts.truncated + counts.dropped else logging.DEBUG
+    level = logging.WARNING if counts.truncated + counts.dropped else logging.INFO  # what is lost is always said
     log.log(
         level,
         "%s: %d examples read, %d truncated to data.length=%d, %d dropped; %d rows",

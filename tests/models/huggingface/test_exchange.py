@@ -122,6 +122,7 @@ def test_routers_come_back(base_spec, filled, raw, tmp_path):
     artifact.save_model(tmp_path / "model", spec, params)
     written = to_huggingface(tmp_path / "model", tmp_path / "hf")
     assert {path.name for path in (tmp_path / "hf").iterdir()} == {
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",
