@@ -76,10 +76,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_compiled_programs():
-    """Lets programs go between modules before a process runs out of memory maps (65,530 by default on Linux).
-
-    Every compiled program takes several; beyond the limit the process dies without a message.
-    """
+    """Lets programs go between modules while memory maps last: each takes several, Linux gives a process 65,530."""
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
