@@ -486,6 +486,13 @@ class GenerateConfig(Section):
     )
 
 
+class PointsConfig(Section):
+    """Where one method is evaluated, besides its trained threshold."""
+
+    ratios: Many[Fraction] = Field(default=(), description="executed shares")
+    thresholds: Many[Fraction] = Field(default=(), description="thetas")
+
+
 class ExperimentConfig(Section):
     """A grid of stages: base, fine-tunes, quantizers, seeds."""
 
@@ -507,6 +514,9 @@ class ExperimentConfig(Section):
     thresholds: Many[Fraction] = Field(
         default=(), description="thetas, other than the trained one, at which every routed model is also evaluated"
     )
+    points: dict[str, PointsConfig] = Field(
+        default={}, description="method -> ratios and thresholds that it is evaluated at instead of the grid's"
+    )
     held_out_tasks: Many[str] = Field(
         default=(), description="tasks that every model is asked once more, after everything else has been measured"
     )
@@ -520,6 +530,8 @@ class ExperimentConfig(Section):
         for name, values in (("seeds", self.seeds), ("quantizers", self.quantizers)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} has an entry twice; allowed: different entries")
+        if unknown := sorted(self.points.keys() - self.methods.keys()):
+            raise ValueError(f"points names {unknown[0]!r}, which is not one of methods: {', '.join(self.methods)}")
         if any(quantizer.model or quantizer.output for quantizer in self.quantizers):
             raise ValueError("quantizers name model or output, which the experiment sets; allowed: the other keys")
         return self

@@ -100,7 +100,7 @@ def _at(config: Config, folder: Path) -> Config:
 
 def _measure(config: Config, grid: ExperimentConfig, method: str, model: Path) -> list[Step]:
     """Quantize at every format; evaluate at the trained threshold and, if routed, at every asked ratio."""
-    steps, folder = [], Path(config.output)
+    steps, folder, points = [], Path(config.output), grid.points.get(method, grid)
     for quantizer in grid.quantizers:
         name = quantizer_name(quantizer)
         target = model
@@ -111,11 +111,11 @@ def _measure(config: Config, grid: ExperimentConfig, method: str, model: Path) -
         steps.append(_evaluation(config, method, target, label))
         if config.routing.method == "dense":
             continue
-        for theta in grid.thresholds:
+        for theta in points.thresholds:
             if theta == config.routing.threshold:  # measured already
                 continue
             steps.append(_evaluation(config, method, target, f"{label}-theta{theta:g}", threshold=theta))
-        for ratio in grid.ratios:
+        for ratio in points.ratios:
             calibrated = folder / f"{name}-ratio{ratio:g}"
             settings = {"model": str(target), "output": str(calibrated), "objective": "ratio", "ratio": ratio}
             steps.append(_step(config, "calibrate", calibrated, {"calibrate": settings}))

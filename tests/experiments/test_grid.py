@@ -60,6 +60,20 @@ def test_every_quantizer_is_evaluated_at_every_asked_threshold(config):
     assert set(dense) == {None}
 
 
+def test_a_method_can_be_evaluated_at_points_of_its_own(config):
+    points = {"qtale": {"ratios": [0.4, 0.8], "thresholds": [0.2]}}
+    changed = with_overrides(config, {"experiment": {"ratios": [0.6], "points": points}})
+    jobs = {job.name: job for job in plan(changed)}
+
+    def ratios(method: str) -> set[float]:
+        steps = jobs[f"measure {method}-seed0"].steps
+        return {step.config.calibrate.ratio for step in steps if step.stage == "calibrate"}
+
+    assert ratios("qtale") == {0.4, 0.8} and ratios("dllm") == {0.6}
+    with pytest.raises(InputError, match="points names 'mod', which is not one of methods: "):
+        with_overrides(config, {"experiment": {"points": {"mod": {"ratios": [0.5]}}}})
+
+
 def test_methods_start_from_the_base_and_differ_as_asked(config):
     jobs = {job.name: job for job in plan(config)}
     base, dllm, qtale = (jobs[n].steps[0].config for n in ("base", "train dllm-seed0", "train qtale-seed0"))
