@@ -48,7 +48,7 @@ def plan(config: Config) -> list[Job]:
     Raises:
         InputError: there is nothing to start from, or an override is wrong.
     """
-    root, jobs, measurements, last_looks = Path(config.output), [], [], []
+    root, jobs, last_looks = Path(config.output), [], []
     if config.experiment.base is None:
         base, base_needs, base_parent = str(config.model.path), (), _document(config.model.path)
     else:
@@ -70,13 +70,13 @@ def plan(config: Config) -> list[Job]:
                 needs, parent, model = (f"train {name}",), step.fingerprint(), step.output
             steps = _measure(merged, config.experiment, method, model)
             steps = tuple(replace(step, parent=parent) for step in steps)
-            measurements.append(Job(f"measure {name}", steps, needs))
+            jobs.append(Job(f"measure {name}", steps, needs))
             if config.experiment.held_out_tasks:
                 asked = [step for step in steps if step.stage == "evaluate"]
                 looks = tuple(_last_look(step, config.experiment.held_out_tasks) for step in asked)
                 last_looks.append(Job(f"ask {name} once more", looks))
-    measured = tuple(job.name for job in measurements)
-    return jobs + measurements + [replace(job, needs=measured) for job in last_looks]
+    everything = tuple(job.name for job in jobs)
+    return jobs + [replace(job, needs=everything) for job in last_looks]
 
 
 def _last_look(step: Step, tasks: Sequence[str]) -> Step:

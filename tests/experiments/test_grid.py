@@ -83,6 +83,12 @@ def test_methods_start_from_the_base_and_differ_as_asked(config):
     assert dllm.routing.effective_entropy_weight == 0 < qtale.routing.effective_entropy_weight
 
 
+def test_a_model_is_measured_as_soon_as_it_is_trained(config):
+    names = [job.name for job in plan(with_overrides(config, {"experiment": {"seeds": [0, 1]}}))]
+    for name in (name for name in names if name.startswith("train ")):
+        assert names[names.index(name) + 1] == name.replace("train", "measure")
+
+
 def test_seeds_multiply_fine_tunes_but_not_the_base(config):
     jobs = plan(with_overrides(config, {"experiment": {"seeds": [0, 1, 2]}}))
     names = [job.name for job in jobs]
@@ -126,7 +132,7 @@ def test_held_out_tasks_are_asked_after_everything_else(config):
     looks = jobs[len(plain) :]
     measured = tuple(job.name for job in plain if job.name.startswith("measure"))
     assert [job.name for job in looks] == [f"ask {name.removeprefix('measure ')} once more" for name in measured]
-    assert all(job.needs == measured for job in looks)
+    assert all(job.needs == tuple(job.name for job in plain) for job in looks)
     asked = [step for job in looks for step in job.steps]
     before = [step for job in plain for step in job.steps if step.stage == "evaluate"]
     assert [step.config.evaluate.model for step in asked] == [step.config.evaluate.model for step in before]
