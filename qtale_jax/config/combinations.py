@@ -55,10 +55,11 @@ def _check_trainable(config: Config) -> None:
             "train.parameters='adapters' with lora=null and routing.method='dense' leaves nothing to train; "
             "allowed: train.parameters='all', a lora section, or another routing.method"
         )
-    if train.distillation.weight and config.model.path is None and config.experiment.base is None:
+    if train.distillation.active and config.model.path is None and config.experiment.base is None:
+        name = "weight" if train.distillation.weight else "hidden_weight"
         raise ValueError(
-            f"train.distillation.weight={train.distillation.weight:g} needs a dense model to distil from; "
-            "allowed: model.path, or weight 0"
+            f"train.distillation.{name}={getattr(train.distillation, name):g} needs a dense model to distil from; "
+            f"allowed: model.path, or {name} 0"
         )
 
 

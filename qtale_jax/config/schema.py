@@ -220,10 +220,18 @@ class DataConfig(Section):
 
 
 class DistillationConfig(Section):
-    """KL to the dense forward pass of the starting model."""
+    """Nearness to the dense forward pass of the starting model: in its predictions, in its last residual stream."""
 
     weight: NotNegative = Field(default=0.0, description="weight of the KL term; 0: off")
+    hidden_weight: NotNegative = Field(
+        default=0.0, description="weight of the squared distance of the normed last residual streams, of all tokens"
+    )
     temperature: float = Field(default=1.0, gt=0, description="softening of both distributions")
+
+    @property
+    def active(self) -> bool:
+        """Whether there is a teacher at all."""
+        return self.weight > 0 or self.hidden_weight > 0
 
 
 class WeightFormatConfig(Section):

@@ -72,11 +72,18 @@ def plan(config: Config) -> list[Job]:
             steps = tuple(replace(step, parent=parent) for step in steps)
             jobs.append(Job(f"measure {name}", steps, needs))
             if config.experiment.held_out_tasks:
-                asked = [step for step in steps if step.stage == "evaluate"]
+                asked = [step for step in steps if step.stage == "evaluate" and _compares(step, steps)]
                 looks = tuple(_last_look(step, config.experiment.held_out_tasks) for step in asked)
                 last_looks.append(Job(f"ask {name} once more", looks))
     everything = tuple(job.name for job in jobs)
     return jobs + [replace(job, needs=everything) for job in last_looks]
+
+
+def _compares(evaluation: Step, steps: Sequence[Step]) -> bool:
+    """Whether a model stands beside others here: at an asked ratio or, where none is asked, as it was trained."""
+    calibrated = {str(step.output) for step in steps if step.stage == "calibrate"}
+    settings = evaluation.config.evaluate
+    return settings.model in calibrated if calibrated else settings.threshold is None
 
 
 def _last_look(step: Step, tasks: Sequence[str]) -> Step:

@@ -170,9 +170,13 @@ class Decoder(nnx.Module):
             self.head = Linear(shape, axes=("embed", "vocab"), dtype=dtype, rngs=rngs, format=formats.get("head"))
 
 
-@functools.lru_cache(maxsize=64)
 def skeleton(spec: ModelSpecification) -> Decoder:
     """The decoder with abstract arrays: shapes, types and logical axes, no memory."""
+    return _skeleton(spec.structure)  # tracing it takes a second: models that differ in thresholds share it
+
+
+@functools.lru_cache(maxsize=64)
+def _skeleton(spec: ModelSpecification) -> Decoder:
     return nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0)))
 
 

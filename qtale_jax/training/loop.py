@@ -151,7 +151,7 @@ def run(config, start, mesh, steps, state, pipeline, optimizer, checkpoints, key
     """The loop proper: one compiled step, no host synchronisation except where something is logged or saved."""
     settings, spec = config.train, start.spec
     teacher = None
-    if settings.distillation.weight:
+    if settings.distillation.active:
         copied = {path: jnp.copy(leaf) for path, leaf in start.trainable.items() if "/lora/" not in path}
         teacher = {path: leaf for path, leaf in start.frozen.items() if "/lora/" not in path} | copied
     step_function = jax.jit(

@@ -110,3 +110,13 @@ def routing_statistics(
         "flip_rate": jnp.sum(flipped * weights) / total,
         "entropy": jnp.sum(entropy * weights) / total,
     }
+
+
+def hidden_distance(hidden: Float[Array, "b t d"], teacher: Float[Array, "b t d"]) -> Float[Array, "b t"]:
+    """Mean squared difference of two residual streams, each scaled to a root mean square of one."""
+
+    def unit(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        x = x.astype(jnp.float32)
+        return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+
+    return jnp.mean(jnp.square(unit(hidden) - unit(teacher)), axis=-1)

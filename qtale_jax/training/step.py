@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from qtale_jax.config.schema import Config
-from qtale_jax.models.forward import forward, positions_of
+from qtale_jax.models.forward import Output, forward, positions_of
 from qtale_jax.models.policy import Dense, gap
 from qtale_jax.models.specification import ModelSpecification
 from qtale_jax.training import objective
@@ -87,11 +87,7 @@ class TrainStep:
         if teacher is not None:
             base = spec.model_copy(update={"lora": None})
             dense = self.forward(base, nest(teacher), batch["tokens"], segment_ids=batch["segment_ids"], policy=Dense())
-            kl = objective.distillation_loss(
-                output.logits, jax.lax.stop_gradient(dense.logits), config.train.distillation.temperature
-            )
-            metrics["distillation"] = objective.weighted_mean(kl, batch["weights"], totals["targets"])
-            loss += config.train.distillation.weight * metrics["distillation"]
+            loss += self._distillation(output, dense, batch, totals, metrics)
         if spec.routing is not None:
             assert aim is not None and output.gates is not None, "a training policy gives gates"
             counted, always_on = counted_tokens(spec, batch["segment_ids"]), spec.routing.always_on_layers
@@ -116,12 +112,29 @@ class TrainStep:
                 metrics["target"] = mean(jnp.full_like(share, aim.target))  # adds up over microbatches
         return loss, {"loss": loss, **metrics}
 
+    def _distillation(self, output: Output, dense: Output, batch: Batch, totals: dict, metrics: Metrics) -> Array:
+        """The weighted distillation terms; they are added to `metrics`, without their weights."""
+        settings, dense = self.config.train.distillation, jax.lax.stop_gradient(dense)
+        loss = jnp.zeros((), jnp.float32)
+        if settings.weight:
+            kl = objective.distillation_loss(output.logits, dense.logits, settings.temperature)
+            metrics["distillation"] = objective.weighted_mean(kl, batch["weights"], totals["targets"])
+            loss += settings.weight * metrics["distillation"]
+        if settings.hidden_weight:
+            assert output.hidden is not None and dense.hidden is not None, "forward passes give them"
+            distance = objective.hidden_distance(output.hidden, dense.hidden)
+            present = (batch["segment_ids"] > 0).astype(jnp.float32)
+            metrics["hidden_distance"] = objective.weighted_mean(distance, present, totals["present"])
+            loss += settings.hidden_weight * metrics["hidden_distance"]
+        return loss
+
     def __call__(
         self, state: TrainState, frozen: Flat, teacher: Flat | None, batch: Batch, key: PRNGKeyArray
     ) -> tuple[TrainState, Metrics]:
         """Advances one step; `key` is the run's root key, folded with the step number."""
         parts = self.config.train.microbatches
-        totals = {"targets": jnp.sum(batch["weights"])}
+        present = (batch["segment_ids"] > 0).astype(jnp.float32)
+        totals = {"targets": jnp.sum(batch["weights"]), "present": jnp.sum(present)}
         if self.spec.routing is not None:
             totals["counted"] = jnp.sum(counted_tokens(self.spec, batch["segment_ids"]))
         gradient = jax.value_and_grad(self.loss, has_aux=True)

@@ -135,6 +135,7 @@ def test_held_out_tasks_are_asked_after_everything_else(config):
     assert all(job.needs == tuple(job.name for job in plain) for job in looks)
     asked = [step for job in looks for step in job.steps]
     before = [step for job in plain for step in job.steps if step.stage == "evaluate"]
+    before = [step for step in before if step.output.name.startswith("dense") or "-ratio" in step.output.name]
     assert [step.config.evaluate.model for step in asked] == [step.config.evaluate.model for step in before]
     assert {step.config.evaluate.tasks for step in asked} == {("rank", "sum")}
     assert {step.config.data.tasks for step in asked} == {()}  # training and calibration are as they were

@@ -117,6 +117,15 @@ def test_distillation_is_the_divergence_from_the_teacher(rng, temperature):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_hidden_distance_ignores_the_scale_of_a_residual_stream(rng):
+    student, teacher = rng.normal(size=(2, 3, 16)), rng.normal(size=(2, 3, 16))
+    one, other = (x / np.sqrt((x**2).mean(-1, keepdims=True)) for x in (student, teacher))
+    found = objective.hidden_distance(jnp.asarray(student * 7, jnp.float32), jnp.asarray(teacher, jnp.float32))
+    np.testing.assert_allclose(found, ((one - other) ** 2).mean(-1), rtol=1e-4)
+    same = objective.hidden_distance(jnp.asarray(teacher / 9, jnp.float32), jnp.asarray(teacher, jnp.float32))
+    np.testing.assert_allclose(same, 0.0, atol=1e-6)
+
+
 def test_routing_statistics(rng):
     """The flip rate is the share of counted decisions that noise turned against gap >= 0."""
     logits = rng.normal(size=(2, 6, 3, 2))

@@ -130,11 +130,13 @@ def test_quantizer_acts_on_every_kth_step_only(trainer, batch):
 @pytest.mark.slow
 def test_distillation_from_the_dense_start(trainer, batch):
     """A student that is its teacher diverges by nothing; after a step it does."""
-    run = trainer(**DENSE)
+    both = {"weight": 1.0, "hidden_weight": 1.0}
+    run = trainer(**DENSE, train={"distillation": both}, experiment={"base": {}})
     run.teacher = dict(run.start.trainable)
-    divergence = [run.advance(batch)["distillation"] for _ in range(2)]
-    assert divergence[0] == pytest.approx(0, abs=1e-6)
-    assert divergence[1] > 1e-6
+    first, second = run.advance(batch), run.advance(batch)
+    for term in ("distillation", "hidden_distance"):
+        assert first[term] == pytest.approx(0, abs=1e-6)
+        assert second[term] > 1e-6
 
 
 @pytest.mark.slow
