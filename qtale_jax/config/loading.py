@@ -78,7 +78,11 @@ def base_config(config: Config, *, source: str = "configuration") -> Config:
         "routing": {"method": "dense"},
         "lora": None,
         "model": {"drop": {"keep": 1.0}},
-        "train": {"parameters": "all", "distillation": {"weight": 0.0, "hidden_weight": 0.0}, "quantization_aware": {"formats": []}},
+        "train": {
+            "parameters": "all",
+            "distillation": {"weight": 0.0, "hidden_weight": 0.0},
+            "quantization_aware": {"formats": []},
+        },
     }
     return _with_part(config, merge(implied, config.experiment.base or {}), f"{source}: experiment.base")
 
