@@ -22,6 +22,19 @@ FEATURES = {
     "window": {"sliding_window": 3},
     "head norms": {"query_key_norm": True},
     "everything": {"biases": ("query", "key", "value"), "sliding_window": 4, "query_key_norm": True},
+    "layers of two kinds": {
+        "sliding_window": 3,
+        "global_layers": (1,),
+        "local_rope_theta": 100.0,
+        "query_key_norm": True,
+        "norm_offset": 1.0,
+        "post_norms": True,
+        "scaled_embedding": True,
+        "activation": "gelu_tanh",
+        "query_pre_attn_scalar": 3.0,
+        "attention_softcap": 1.5,
+        "logit_softcap": 2.0,
+    },
 }
 
 QWEN_2_5 = {
