@@ -445,6 +445,11 @@ class EvaluateConfig(Section):
     batch_size: Positive = Field(default=64, description="rows per batch")
     normalize: bool = Field(default=True, description="accuracy by log-likelihood per token rather than its sum")
     perplexity: bool = Field(default=True, description="nats per token of the split")
+    rouge: bool = Field(
+        default=False,
+        description="instructions: also write every response, greedily, and give its ROUGE (extra `eval`)",
+    )
+    max_new_tokens: Positive = Field(default=128, description="rouge: tokens of a written response at most")
     maps: int = Field(default=4, ge=0, description="examples whose layer-by-token execution is stored for the report")
 
 
