@@ -12,7 +12,7 @@ from qtale_jax.evaluation.rouge import make_scorer, prompts_that_fit, rouge
 from qtale_jax.model import Model
 from qtale_jax.reporting.results import read_evaluation
 
-PROMPTS = ("max 12 14 25 =", "sum 3 4 =", "sort 16 13 26 =", "first largest 12 14 =")
+PROMPTS = ("largest 12 14 25 =", "sum 3 4 =", "second largest 16 13 26 =", "first largest 12 14 =")
 
 
 def test_f_measures():
@@ -32,7 +32,7 @@ def folder(path, responses):
     """Prompts of the suite's words as they are, and responses, all in the test split."""
     path.mkdir()
     (path / "prompt.json").write_text(json.dumps({"prompt": "{instruction}"}))
-    rows = [{"instruction": p, "output": r} for p, r in zip(PROMPTS, responses, strict=True)]
+    rows = [{"instruction": p, "output": f" {r}"} for p, r in zip(PROMPTS, responses, strict=True)]
     (path / "test.json").write_text(json.dumps([row for row in rows for _ in (0, 1)]))  # half of it is validation
     return path
 
