@@ -42,8 +42,8 @@ def run_stage(config: Config, *, theta: float | None = None, point: str | None =
         shown = {
             **(row["accuracy"] or {}),
             "nats per token": nats,
-            "perplexity": None if nats is None else math.exp(nats),
             "standard error": row["standard_error"],
+            "perplexity": None if nats is None else math.exp(nats),
             **{name: value for name, value in written.items() if name.startswith("rouge")},
             "prompts too long for ROUGE": written.get("dropped") or None,
         }
