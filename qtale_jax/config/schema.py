@@ -284,6 +284,10 @@ class TrainConfig(Section):
     )
     remat: Literal["none", "dots", "full"] = Field(default="none", description="what the backward pass recomputes")
     log_every: Positive = Field(default=20, description="steps between log lines")
+    wandb_project: str | None = Field(
+        default=None,
+        description="W&B project to log to as well (extra `wandb`); none: TensorBoard only",
+    )
     evaluate_every: int = Field(default=0, ge=0, description="steps between validations; 0: only at the end")
     evaluate_batches: Positive = Field(default=8, description="batches per validation")
     checkpoint_every: Positive = Field(default=200, description="steps between checkpoints")

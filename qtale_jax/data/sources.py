@@ -4,6 +4,7 @@ Each reader checks what it reads and names the file and line of the first bad ro
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +32,9 @@ PROMPT_WITH_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 """Alpaca's prompts, used where a data set brings no prompt.json of its own."""
+
+ANSWER_FORMAT = re.compile(r"Answer format:\s*(\S+)\s*\Z")
+"""How an instruction of LLM-Adapters ends that has choices."""
 
 
 def read(config: DataConfig, split: str) -> list[Record]:
@@ -83,8 +87,8 @@ def _published(config: DataConfig, task: str, split: str) -> list[Record]:
 def _one(config: DataConfig, split: str) -> list[Record]:
     """A split of the file or folder `path`."""
     folder = Path(config.path or "")
-    if config.kind == "instruction" and folder.is_dir():
-        return _instruction_folder(folder, config, split)
+    if config.kind in ("instruction", "multiple_choice") and folder.is_dir():
+        return _folder(folder, config, split)
     return _cut(config, split)
 
 
@@ -196,13 +200,32 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
     return value
 
 
-def _choice(row: dict[str, Any], where: str, task: str) -> Choice:
+def _choice(row: dict[str, Any], where: str, task: str, prompts: dict[str, str] | None = None) -> Choice:
+    if "query" not in row and "instruction" in row:
+        return _adapters_choice(row, where, task, prompts)
     query, choices, gold = _text(row, "query", where), row.get("choices"), row.get("gold")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
         raise InputError(f"{where}: 'choices' has to be a list of two or more texts, found {choices!r}")
     if type(gold) is not int or not 0 <= gold < len(choices):
         raise InputError(f"{where}: 'gold' has to be an index from 0 to {len(choices) - 1}, found {gold!r}")
     return Choice(str(row.get("task", task)), query, tuple(choices), gold)
+
+
+def _adapters_choice(row: dict[str, Any], where: str, task: str, prompts: dict[str, str] | None) -> Choice:
+    """A question in the layout of LLM-Adapters: choices are named after "Answer format:".
+
+    A response is what the row has as output, with the name of its choice at the end.
+    """
+    found, answer = ANSWER_FORMAT.search(_text(row, "instruction", where)), _text(row, "answer", where)
+    names = tuple(found[1].split("/")) if found else ()
+    if answer not in names or len(names) < 2:
+        raise InputError(
+            f"{where}: the instruction of a question ends with 'Answer format: NAME/NAME', and 'answer' is one of the "
+            f"names; found {names} and {answer!r}"
+        )
+    example = _instruction(row, where, task, prompts)
+    before = example.response.removesuffix(answer) if example.response.endswith(answer) else ""
+    return Choice(task, example.prompt.rstrip(), tuple(before + name for name in names), names.index(answer))
 
 
 def _instruction(row: dict[str, Any], where: str, _task: str, prompts: dict[str, str] | None = None) -> Instruction:
@@ -241,13 +264,17 @@ def _prompts(file: Path) -> dict[str, str]:
     return prompts
 
 
-def _instruction_folder(folder: Path, config: DataConfig, split: str) -> list[Record]:
-    """D-LLM's layout: train.json, test.json and prompt.json; calibration is the end of train.json."""
+def _folder(folder: Path, config: DataConfig, split: str) -> list[Record]:
+    """The layout of D-LLM, and of a task of LLM-Adapters: train.json, test.json, and prompt.json for own prompts.
+
+    Calibration is the end of train.json, validation the first half of test.json.
+    """
     prompts = _prompts(folder / "prompt.json")
     file = folder / ("train.json" if split in ("train", "calibration") else "test.json")
     if not file.exists():
         raise InputError(f"data.path={folder}: {file.name} is missing (expected train.json, test.json, prompt.json)")
-    records: list[Record] = [_instruction(row, where, "", prompts) for where, row in rows(file)]
+    parse = _choice if config.kind == "multiple_choice" else _instruction
+    records: list[Record] = [parse(row, where, folder.name, prompts) for where, row in rows(file)]
     if split in ("validation", "test"):
         half = (len(records) + 1) // 2
         return records[:half] if split == "validation" else records[half:]
