@@ -1,6 +1,7 @@
 """`python -m qtale_jax.evaluate CONFIG [key=value ...]`: accuracy, perplexity, executed ratio and cost of a model."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -36,11 +37,15 @@ def run_stage(config: Config, *, theta: float | None = None, point: str | None =
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, json.dumps(result, indent=1))
     if not quiet:
-        row = result["row"]
+        row, written = result["row"], result["written"] or {}
+        nats = row["nats_per_token"]
         shown = {
             **(row["accuracy"] or {}),
-            "nats per token": row["nats_per_token"],
+            "nats per token": nats,
             "standard error": row["standard_error"],
+            "perplexity": None if nats is None else math.exp(nats),
+            **{name: value for name, value in written.items() if name.startswith("rouge")},
+            "prompts too long for ROUGE": written.get("dropped") or None,
         }
         shown |= {"executed ratio": row["executed_ratio"], "FLOPs per token": row["flops_per_token"]}
         cells = [(name, f"{value:,.4f}") for name, value in shown.items() if value is not None]

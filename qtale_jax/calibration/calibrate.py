@@ -12,7 +12,8 @@ import numpy as np
 from qtale_jax.artifact import LoadedModel
 from qtale_jax.calibration.threshold import Found, search_quality, search_ratio
 from qtale_jax.config.schema import Config
-from qtale_jax.data.sources import Choice, Record, read
+from qtale_jax.data.records import Choice, Record, is_continuous
+from qtale_jax.data.sources import read
 from qtale_jax.errors import InputError
 from qtale_jax.evaluation.evaluate import choice_rows, layout, likelihood_rows, nats_per_token, score_choices
 from qtale_jax.evaluation.likelihood import Row, likelihoods
@@ -21,13 +22,13 @@ from qtale_jax.models.specification import ModelSpecification, RoutingSpecificat
 
 
 def calibration_records(config: Config) -> list[Record]:
-    """The first `calibrate.examples` rows of the calibration split.
+    """The first `calibrate.examples` rows of the calibration split; of a continuous text the whole, to be cut.
 
     Raises:
         InputError: there are fewer rows than asked for.
     """
     records = read(config.data, "calibration")
-    if len(records) < config.calibrate.examples:
+    if not is_continuous(records) and len(records) < config.calibrate.examples:
         raise InputError(
             f"calibrate.examples={config.calibrate.examples}, but the calibration split has only {len(records)} rows"
         )
@@ -45,7 +46,9 @@ def calibration_rows(records: list[Record], tokenizer: Any, config: Config) -> t
     Every choice is run, since tokens of answers execute more than those of questions.
     """
     choices = [record for record in records if isinstance(record, Choice)]
-    return choice_rows(choices, tokenizer) if choices else (likelihood_rows(records, tokenizer, config), None)
+    if choices:
+        return choice_rows(choices, tokenizer)
+    return likelihood_rows(records, tokenizer, config, config.calibrate.examples), None
 
 
 def search(model: LoadedModel, config: Config, records: list[Record]) -> Found:
@@ -99,7 +102,7 @@ def calibrate(model: LoadedModel, config: Config) -> tuple[LoadedModel, Found]:
         "ratio": settings.ratio if settings.objective == "ratio" else found.ratio,
         "reached": found.ratio,
         "theta": found.theta,
-        "examples": len(records),
+        "examples": settings.examples if is_continuous(records) else len(records),
         "data": {"kind": config.data.kind, "split": "calibration", "sha256": _digest(records)},
         "path": [list(point) for point in found.path],
     }

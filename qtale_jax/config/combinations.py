@@ -18,6 +18,7 @@ def check_combinations(config: Config) -> None:
     _check_batch(config)
     _check_trainable(config)
     _check_drop(config)
+    _check_rouge(config)
     if config.model.path is None:
         _check_architecture(config)
 
@@ -40,6 +41,19 @@ def _check_drop(config: Config) -> None:
         raise ValueError(
             f"model.drop.keep={config.model.drop.keep:g} takes layers out of a parent, and there is none; "
             "allowed: model.path, or 1"
+        )
+
+
+def _check_rouge(config: Config) -> None:
+    evaluate, kind = config.evaluate, config.data.kind
+    if evaluate.rouge and kind not in ("instruction", "published"):
+        raise ValueError(
+            f"evaluate.rouge=true compares written responses, which data.kind={kind!r} does not have; "
+            "allowed: instruction or published"
+        )
+    if not evaluate.rouge and evaluate.max_new_tokens != type(evaluate).model_fields["max_new_tokens"].default:
+        raise ValueError(
+            f"evaluate.max_new_tokens={evaluate.max_new_tokens} would do nothing without evaluate.rouge=true"
         )
 
 

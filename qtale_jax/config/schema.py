@@ -292,6 +292,10 @@ class TrainConfig(Section):
     )
     remat: Literal["none", "dots", "full"] = Field(default="none", description="what the backward pass recomputes")
     log_every: Positive = Field(default=20, description="steps between log lines")
+    wandb_project: str | None = Field(
+        default=None,
+        description="W&B project to log to as well (extra `wandb`); none: TensorBoard only",
+    )
     evaluate_every: int = Field(default=0, ge=0, description="steps between validations; 0: only at the end")
     evaluate_batches: Positive = Field(default=8, description="batches per validation")
     checkpoint_every: Positive = Field(default=200, description="steps between checkpoints")
@@ -453,6 +457,11 @@ class EvaluateConfig(Section):
     batch_size: Positive = Field(default=64, description="rows per batch")
     normalize: bool = Field(default=True, description="accuracy by log-likelihood per token rather than its sum")
     perplexity: bool = Field(default=True, description="nats per token of the split")
+    rouge: bool = Field(
+        default=False,
+        description="instructions: also write every response, greedily, and give its ROUGE (extra `eval`)",
+    )
+    max_new_tokens: Positive = Field(default=128, description="rouge: tokens of a written response at most")
     maps: int = Field(default=4, ge=0, description="examples whose layer-by-token execution is stored for the report")
 
 

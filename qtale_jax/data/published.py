@@ -1,4 +1,4 @@
-"""Published tasks through the `datasets` library: rows as multiple-choice questions, by templates that are data."""
+"""Published tasks through the `datasets` library: rows become questions, instructions or text, by templates in YAML."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from qtale_jax.data.records import Choice, Document, Instruction, Record
 from qtale_jax.errors import InputError, nearest
 
 
@@ -17,7 +18,7 @@ def catalogue() -> dict[str, dict[str, Any]]:
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Refuses unknown names, and none at all.
+    """Refuses unknown names, none at all, and text together with tasks that have prompts.
 
     Raises:
         InputError: says which are allowed.
@@ -28,10 +29,20 @@ def check_tasks(tasks: Sequence[str]) -> None:
     for task in tasks:
         if task not in catalogue():
             raise InputError(f"data.tasks: unknown task {task!r}; allowed: {names}{nearest(task, catalogue())}")
+    text = [task for task in tasks if "text" in catalogue()[task]]
+    if text and len(tasks) > 1:
+        raise InputError(
+            f"data.tasks: {text[0]!r} is plain text, which does not go with other tasks; allowed: it alone"
+        )
 
 
-def questions(task: str, split: str, folder: str | None) -> Iterator[tuple[str, list[str], int]]:
-    """Yields (query, choices, gold) of a split.
+def is_cut(task: str) -> bool:
+    """Whether a task has a single split, of which a part has to be held out."""
+    return set(catalogue()[task]["splits"]) == {"train"}
+
+
+def rows(task: str, split: str, folder: str | None) -> Iterator[Choice | Instruction | str]:
+    """Yields a question, an instruction or a line of text for every row of a split.
 
     Args:
         task: a name of published.yaml.
@@ -45,27 +56,52 @@ def questions(task: str, split: str, folder: str | None) -> Iterator[tuple[str, 
     from jinja2.sandbox import SandboxedEnvironment
 
     entry = catalogue()[task]
-    environment = SandboxedEnvironment(undefined=StrictUndefined)
-    query = environment.from_string(entry["query"])
-    choices, gold = (_expression(environment, entry[key]) for key in ("choices", "gold"))
-    for number, row in enumerate(_rows(task, entry["splits"][split], folder), 1):
+    environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    convert = _converter(task, entry, environment)
+    wanted = _expression(environment, entry.get("where", "true"))
+    for number, row in enumerate(_stored(task, entry["splits"][split], folder), 1):
         try:
-            found = query.render(row), [str(choice) for choice in choices(**row)], int(gold(**row))
+            found = convert(row) if wanted(**row) else None
         except (TemplateError, ValueError, TypeError) as error:
             raise InputError(f"{task}, split {split}, row {number}: does not fit published.yaml: {error}") from error
-        if not 0 <= found[2] < len(found[1]):
+        if isinstance(found, Choice) and not 0 <= found.gold < len(found.choices):
             raise InputError(
-                f"{task}, split {split}, row {number}: the answer is choice {found[2]} of {len(found[1])}; it may be "
-                "hidden in this split"
+                f"{task}, split {split}, row {number}: the answer is choice {found.gold} of {len(found.choices)}; it "
+                "may be hidden in this split"
             )
-        yield found
+        if found is not None:
+            yield found
+
+
+def records(task: str, found: Sequence[Choice | Instruction | str]) -> list[Record]:
+    """What stages work from: the rows themselves, or one text made of all of them."""
+    lines = [row for row in found if isinstance(row, str)]
+    if lines:
+        return [Document(catalogue()[task]["join"].join(lines), continuous=True)]
+    return [row for row in found if not isinstance(row, str)]
+
+
+def _converter(task: str, entry: dict[str, Any], environment: Any) -> Callable[[dict[str, Any]], Any]:
+    """From a row of a data set to what it means, by the templates that the entry has."""
+
+    def template(key: str) -> Callable[[dict[str, Any]], str]:
+        return environment.from_string(entry[key]).render
+
+    if "text" in entry:
+        return template("text")
+    if "prompt" in entry:
+        prompt, response = template("prompt"), template("response")
+        return lambda row: Instruction(prompt(row), response(row))
+    query = template("query")
+    choices, gold = (_expression(environment, entry[key]) for key in ("choices", "gold"))
+    return lambda row: Choice(task, query(row), tuple(map(str, choices(**row))), int(gold(**row)))
 
 
 def _expression(environment: Any, text: str) -> Callable[..., Any]:
     return environment.compile_expression(text, undefined_to_none=False)
 
 
-def _rows(task: str, split: str, folder: str | None) -> Any:
+def _stored(task: str, split: str, folder: str | None) -> Any:
     path, name = catalogue()[task]["dataset"]
     where = Path(folder or ".") / task
     instead = (

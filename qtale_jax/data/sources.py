@@ -4,14 +4,14 @@ Each reader checks what it reads and names the file and line of the first bad ro
 """
 
 import json
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qtale_jax.config.schema import DataConfig
-from qtale_jax.data import reasoning
-from qtale_jax.data.published import check_tasks, questions
+from qtale_jax.data import published, reasoning
+from qtale_jax.data.records import Choice, Document, Instruction, Record
 from qtale_jax.errors import InputError, nearest
 
 SPLITS = ("train", "calibration", "validation", "test")
@@ -20,32 +20,7 @@ STORED = {"basic": "full", "study": "study"}
 """Suites of the reasoning tasks, and the builder configuration that holds each."""
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A multiple-choice question: the response is the choice that `gold` points to."""
-
-    task: str
-    query: str
-    choices: tuple[str, ...]
-    gold: int
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """A prompt and the response to learn."""
-
-    prompt: str
-    response: str
-
-
-@dataclass(frozen=True)
-class Document:
-    """Plain text, all of which is learned."""
-
-    text: str
-
-
-Record = Choice | Instruction | Document
+Row = TypeVar("Row")
 
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -57,6 +32,9 @@ PROMPT_WITH_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 """Alpaca's prompts, used where a data set brings no prompt.json of its own."""
+
+ANSWER_FORMAT = re.compile(r"Answer format:\s*(\S+)\s*\Z")
+"""How an instruction of LLM-Adapters ends that has choices."""
 
 
 def read(config: DataConfig, split: str) -> list[Record]:
@@ -74,7 +52,7 @@ def read(config: DataConfig, split: str) -> list[Record]:
     if config.kind == "reasoning":
         records = _reasoning(config, split)
     elif config.kind == "published":
-        check_tasks(config.tasks)
+        published.check_tasks(config.tasks)
         records = [record for task in config.tasks for record in _published(config, task, split)]
     elif config.paths:
         parts = ("train", "calibration") if config.evaluation_path is not None else SPLITS
@@ -93,19 +71,24 @@ def read(config: DataConfig, split: str) -> list[Record]:
 
 
 def _published(config: DataConfig, task: str, split: str) -> list[Record]:
-    """A split of a published task; calibration is the end of its training split."""
-    source = "train" if split == "calibration" else split
-    found = questions(task, source, config.path)
-    records: list[Record] = [Choice(task, query, tuple(choices), gold) for query, choices, gold in found]
-    tail = len(records) - max(1, round(len(records) * config.held_out))
-    return {"train": records[:tail], "calibration": records[tail:]}.get(split, records)
+    """A split of a published task; calibration is the end of its training split.
+
+    Tasks that have no other split are cut as a file is.
+    """
+    if published.is_cut(task):
+        found = _part(list(published.rows(task, "train", config.path)), config.held_out, split)
+    else:
+        found = list(published.rows(task, "train" if split == "calibration" else split, config.path))
+        if split in ("train", "calibration"):
+            found = _training_part(found, config.held_out, split)
+    return published.records(task, found)
 
 
 def _one(config: DataConfig, split: str) -> list[Record]:
     """A split of the file or folder `path`."""
     folder = Path(config.path or "")
-    if config.kind == "instruction" and folder.is_dir():
-        return _instruction_folder(folder, config, split)
+    if config.kind in ("instruction", "multiple_choice") and folder.is_dir():
+        return _folder(folder, config, split)
     return _cut(config, split)
 
 
@@ -137,17 +120,28 @@ def _cut(config: DataConfig, split: str) -> list[Record]:
     if split in ("validation", "test") and config.evaluation_path is not None:
         return _read_file("data.evaluation_path", Path(config.evaluation_path), config)
     records = _read_file("data.path", Path(config.path or ""), config)
-    held_out = 0 if config.evaluation_path is not None else round(len(records) * config.held_out)
-    before = max(1, held_out or round(len(records) * config.held_out))
-    tail = len(records) - held_out
+    return _part(records, config.held_out, split, whole=config.evaluation_path is not None)
+
+
+def _part(rows: list[Row], share: float, split: str, whole: bool = False) -> list[Row]:
+    """A split of rows that have none: `share` is held out at the end, unless the `whole` is for training."""
+    held_out = 0 if whole else round(len(rows) * share)
+    before = max(1, held_out or round(len(rows) * share))
+    tail = len(rows) - held_out
     middle = tail + (held_out + 1) // 2
     start, end = {
         "train": (0, max(tail - before, 0)),
         "calibration": (max(tail - before, 0), tail),
         "validation": (tail, middle),
-        "test": (middle, len(records)),
+        "test": (middle, len(rows)),
     }[split]
-    return records[start:end]
+    return rows[start:end]
+
+
+def _training_part(rows: list[Row], share: float, split: str) -> list[Row]:
+    """Training rows without their end, or that end, which is for calibration."""
+    tail = len(rows) - max(1, round(len(rows) * share))
+    return rows[:tail] if split == "train" else rows[tail:]
 
 
 def _read_file(key: str, path: Path, config: DataConfig) -> list[Record]:
@@ -206,13 +200,32 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
     return value
 
 
-def _choice(row: dict[str, Any], where: str, task: str) -> Choice:
+def _choice(row: dict[str, Any], where: str, task: str, prompts: dict[str, str] | None = None) -> Choice:
+    if "query" not in row and "instruction" in row:
+        return _adapters_choice(row, where, task, prompts)
     query, choices, gold = _text(row, "query", where), row.get("choices"), row.get("gold")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
         raise InputError(f"{where}: 'choices' has to be a list of two or more texts, found {choices!r}")
     if type(gold) is not int or not 0 <= gold < len(choices):
         raise InputError(f"{where}: 'gold' has to be an index from 0 to {len(choices) - 1}, found {gold!r}")
     return Choice(str(row.get("task", task)), query, tuple(choices), gold)
+
+
+def _adapters_choice(row: dict[str, Any], where: str, task: str, prompts: dict[str, str] | None) -> Choice:
+    """A question in the layout of LLM-Adapters: choices are named after "Answer format:".
+
+    A response is what the row has as output, with the name of its choice at the end.
+    """
+    found, answer = ANSWER_FORMAT.search(_text(row, "instruction", where)), _text(row, "answer", where)
+    names = tuple(found[1].split("/")) if found else ()
+    if answer not in names or len(names) < 2:
+        raise InputError(
+            f"{where}: the instruction of a question ends with 'Answer format: NAME/NAME', and 'answer' is one of the "
+            f"names; found {names} and {answer!r}"
+        )
+    example = _instruction(row, where, task, prompts)
+    before = example.response.removesuffix(answer) if example.response.endswith(answer) else ""
+    return Choice(task, example.prompt.rstrip(), tuple(before + name for name in names), names.index(answer))
 
 
 def _instruction(row: dict[str, Any], where: str, _task: str, prompts: dict[str, str] | None = None) -> Instruction:
@@ -251,15 +264,18 @@ def _prompts(file: Path) -> dict[str, str]:
     return prompts
 
 
-def _instruction_folder(folder: Path, config: DataConfig, split: str) -> list[Record]:
-    """D-LLM's layout: train.json, test.json and prompt.json; calibration is the end of train.json."""
+def _folder(folder: Path, config: DataConfig, split: str) -> list[Record]:
+    """The layout of D-LLM, and of a task of LLM-Adapters: train.json, test.json, and prompt.json for own prompts.
+
+    Calibration is the end of train.json, validation the first half of test.json.
+    """
     prompts = _prompts(folder / "prompt.json")
     file = folder / ("train.json" if split in ("train", "calibration") else "test.json")
     if not file.exists():
         raise InputError(f"data.path={folder}: {file.name} is missing (expected train.json, test.json, prompt.json)")
-    records: list[Record] = [_instruction(row, where, "", prompts) for where, row in rows(file)]
+    parse = _choice if config.kind == "multiple_choice" else _instruction
+    records: list[Record] = [parse(row, where, folder.name, prompts) for where, row in rows(file)]
     if split in ("validation", "test"):
         half = (len(records) + 1) // 2
         return records[:half] if split == "validation" else records[half:]
-    tail = len(records) - max(1, round(len(records) * config.held_out))
-    return records[:tail] if split == "train" else records[tail:]
+    return _training_part(records, config.held_out, split)

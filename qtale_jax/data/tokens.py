@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from qtale_jax.config.schema import Config, DataConfig
 from qtale_jax.data import reasoning
-from qtale_jax.data.sources import Choice, Document, Instruction, Record, read
+from qtale_jax.data.records import Choice, Document, Instruction, Record, is_continuous
+from qtale_jax.data.sources import read
 from qtale_jax.errors import InputError
 
 
@@ -86,7 +87,8 @@ def tokenize(records: Sequence[Record], tokenizer: Any, loss_on: str) -> list[To
     """Training examples: prompt, response, end token; the loss starts at the response or at the first prediction."""
     if isinstance(records[0], Document):
         texts = encode(tokenizer, [record.text for record in records if isinstance(record, Document)])
-        return [Tokens(ids + _end(tokenizer), 1) for ids in texts]
+        end = [] if is_continuous(records) else _end(tokenizer)
+        return [Tokens(ids + end, 1) for ids in texts]
     found = encode_pairs(tokenizer, [_prompt_and_response(record) for record in records], end=True)
     return found if loss_on == "response" else [Tokens(tokens.ids, 1) for tokens in found]
 
@@ -136,7 +138,7 @@ def examples(config: Config, tokenizer: Any, split: str) -> tuple[list[Tokens], 
     """Tokenized, length-checked examples of a split, and how many were read, truncated and dropped."""
     records = read(config.data, split)
     found = tokenize(records, tokenizer, config.data.loss_on)
-    if isinstance(records[0], Document) and config.data.packing:
+    if is_continuous(records) or (isinstance(records[0], Document) and config.data.packing):
         return pieces(found, config.data.length), Counts(len(found), 0, 0)
     return truncate(found, config.data)
 

@@ -10,9 +10,11 @@ import numpy as np
 
 from qtale_jax.artifact import LoadedModel, weight_bytes
 from qtale_jax.config.schema import Config
-from qtale_jax.data.sources import Choice, Document, Record, read
-from qtale_jax.data.tokens import encode_pairs, tokenize, truncate
+from qtale_jax.data.records import Choice, Document, Record, is_continuous
+from qtale_jax.data.sources import read
+from qtale_jax.data.tokens import encode_pairs, pieces, tokenize, truncate
 from qtale_jax.evaluation.likelihood import HISTOGRAM_EDGES, Counted, Likelihoods, Row, likelihoods
+from qtale_jax.evaluation.rouge import written_responses
 from qtale_jax.inference.policies import inference_policy
 from qtale_jax.models.cost import flops_per_token
 from qtale_jax.models.decoder import Parameters
@@ -74,9 +76,14 @@ def per_task(records: Sequence[Record], limit: int | None) -> list[Record]:
     return kept
 
 
-def likelihood_rows(records: Sequence[Record], tokenizer: Any, config: Config) -> list[Row]:
-    """One row per record: the gold response, or the whole document cut to `data.length`."""
+def likelihood_rows(records: Sequence[Record], tokenizer: Any, config: Config, limit: int | None = None) -> list[Row]:
+    """One row per record: the gold response, or the whole document cut to `data.length`.
+
+    Of a continuous text its pieces of that length, the first `limit` of them.
+    """
     tokens = tokenize(records, tokenizer, config.data.loss_on)
+    if is_continuous(records):
+        return [Row(*piece) for piece in pieces(tokens, config.data.length)[:limit]]
     policy = "right" if isinstance(records[0], Document) else config.data.truncation
     kept, _ = truncate(tokens, config.data.model_copy(update={"truncation": policy}))
     return [Row(*entry) for entry in kept if entry.start < len(entry.ids)]
@@ -167,7 +174,7 @@ def evaluate(
     records = evaluated_records(config)
     dtype = jnp.dtype(config.train.compute_dtype)
     settings = {"batch_size": config.evaluate.batch_size, "compute_dtype": dtype, "progress": progress}
-    gold_rows = likelihood_rows(records, tokenizer, config)
+    gold_rows = likelihood_rows(records, tokenizer, config, config.evaluate.max_examples)
     gold = likelihoods(spec, params, gold_rows, policy, **settings) if _needs_nats(records, config) else None
     nats, error = nats_per_token(gold) if gold else (None, None)
     accuracy, counted = None, gold
@@ -178,6 +185,7 @@ def evaluate(
         accuracy = score_choices(choices, owners, counted, config.evaluate.normalize)
         error = accuracy.standard_error
     assert counted is not None
+    written = written_responses(model, records, policy, config, progress) if config.evaluate.rouge else None
     costs = cost(spec, counted.counted)
     format = spec.quantization.main_format if spec.quantization else None
     thetas = spec.thresholds if theta is None else (theta,)
@@ -203,6 +211,7 @@ def evaluate(
         "bytes": {part: size for part, size in sizes.items() if part != "total"},
         "executed_per_layer": costs["executed_per_layer"],
         **routing_summary(counted.counted),
+        "written": written,
         "maps": execution_maps(spec, params, *_examples(records, tokenizer, config), policy, tokenizer),
     }
 

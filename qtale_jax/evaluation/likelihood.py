@@ -14,7 +14,7 @@ from qtale_jax.errors import InputError
 from qtale_jax.models.decoder import Parameters
 from qtale_jax.models.forward import forward
 from qtale_jax.models.policy import Policy, gap
-from qtale_jax.models.specification import ModelSpecification
+from qtale_jax.models.specification import Architecture, ModelSpecification
 
 HISTOGRAM_EDGES = np.linspace(0.0, 12.0, 49)
 """Bins of |logit gap|; the last one also takes what is beyond."""
@@ -65,13 +65,16 @@ def count(
     logits: Float[Array, "b t r 2"],
     present: Bool[Array, "b t"],
     always_on_tokens: int,
-    window: int | None = None,
+    architecture: Architecture,
 ) -> Counted:
-    """Counts decisions; `present` marks tokens that are not padding, `window` is the architecture's sliding window."""
+    """Counts decisions; `present` marks tokens that are not padding, `architecture` says which layers have a window."""
     taken = execute.astype(jnp.float32)
     keys = jnp.cumsum(taken, axis=1)
+    window = architecture.sliding_window
     if window is not None and window < keys.shape[1]:
-        keys = keys - jnp.pad(keys[:, :-window], ((0, 0), (window, 0), (0, 0)))
+        local = jnp.asarray([architecture.is_local(layer) for layer in range(architecture.num_layers)])
+        inside = keys - jnp.pad(keys[:, :-window], ((0, 0), (window, 0), (0, 0)))
+        keys = jnp.where(local[None, None, :], inside, keys)
     routed = present & (jnp.arange(present.shape[1])[None, :] >= always_on_tokens)
     weights = jnp.broadcast_to(routed[:, :, None], logits.shape[:3]).astype(jnp.float32)
     magnitude = jnp.abs(gap(logits))
@@ -107,8 +110,7 @@ def batch_likelihood(
     greedy = jnp.all((jnp.argmax(logits, axis=-1) == targets) | ~wanted, axis=1)
     always_on_tokens = spec.routing.always_on_tokens if spec.routing else 0
     present = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
-    window = spec.architecture.sliding_window
-    counted = count(output.routing.execute, output.routing.logits, present, always_on_tokens, window)
+    counted = count(output.routing.execute, output.routing.logits, present, always_on_tokens, spec.architecture)
     return jnp.where(wanted, chosen, 0.0), greedy, counted
 
 

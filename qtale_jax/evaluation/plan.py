@@ -3,7 +3,7 @@
 from typing import Any
 
 from qtale_jax.config.schema import Config
-from qtale_jax.data.sources import Choice
+from qtale_jax.data.records import Choice
 from qtale_jax.evaluation.evaluate import choice_rows, evaluated_records, likelihood_rows
 from qtale_jax.evaluation.harness.files import check_files
 
@@ -20,7 +20,7 @@ def facts(config: Config, tokenizer: Any) -> dict[str, str]:
     choices = [record for record in records if isinstance(record, Choice)]
     rows = []
     if config.evaluate.perplexity or not choices:
-        rows += likelihood_rows(records, tokenizer, config)
+        rows += likelihood_rows(records, tokenizer, config, config.evaluate.max_examples)
     if choices:
         rows += choice_rows(choices, tokenizer)[0]
     tasks = dict.fromkeys(choice.task for choice in choices)
@@ -28,6 +28,8 @@ def facts(config: Config, tokenizer: Any) -> dict[str, str]:
     found = {"examples": f"{len(records):,} of the {config.evaluate.split} split"}
     if tasks:
         found["tasks"] = ", ".join(tasks)
+    if config.evaluate.rouge:
+        found["responses to write"] = f"of at most {config.evaluate.max_new_tokens} tokens, for ROUGE"
     tokens = sum(len(row.ids) for row in rows)
     found["rows"] = f"{len(rows):,} with {tokens:,} tokens, about {batches:,} batches of {config.evaluate.batch_size}"
     return found

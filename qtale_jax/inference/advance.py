@@ -7,7 +7,8 @@ from jaxtyping import Array, Bool, Float, Int32
 from qtale_jax.inference.paged_attention import Kept
 from qtale_jax.inference.pages import PagedCache
 from qtale_jax.inference.skipping import ROW_SHARES, ROWS, TOKEN_SHARES, TOKENS, run_compact, sizes
-from qtale_jax.models.decoder import Context, Parameters, skeleton
+from qtale_jax.models.context import Context
+from qtale_jax.models.decoder import Parameters, skeleton
 from qtale_jax.models.forward import embed, merge, route
 from qtale_jax.models.policy import Dense, Fixed, Policy, Thresholded
 from qtale_jax.models.rotary import rotary_tables
@@ -59,7 +60,9 @@ def advance(
         block = merge(skeleton(spec).layers[layer], params["layers"][layer])
         execute, _, _ = route(block, hidden, context, initial, policy, layer - always_on, layer)
         kept = Kept(cache.pool, cache.table[layer], cache.counts[layer])
-        hidden, fresh = run_compact(block, hidden, positions, present, execute, kept, axis=axis, sizes=programs)
+        hidden, fresh = run_compact(
+            block, hidden, positions, present, execute, kept, axis=axis, sizes=programs, layer=layer
+        )
         decisions.append(execute)
         written.append(fresh)
     fresh = jax.tree.map(lambda *leaves: jnp.stack(leaves), *written)

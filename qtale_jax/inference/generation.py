@@ -11,12 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from qtale_jax.inference.sampling import sample
-from qtale_jax.models.attention import in_window
 from qtale_jax.models.cache import LayerCache, empty_cache
-from qtale_jax.models.decoder import Context, Parameters
+from qtale_jax.models.context import Context
+from qtale_jax.models.decoder import Parameters
 from qtale_jax.models.forward import embed, run_layers, unembed
 from qtale_jax.models.policy import Policy
-from qtale_jax.models.rotary import rotary_tables
 from qtale_jax.models.specification import ModelSpecification
 
 
@@ -66,9 +65,7 @@ def advance(
     """
     slot = jnp.arange(caches[0].kept.shape[1], dtype=jnp.int32)[None, None, :]
     at = positions[:, :, None]
-    tables = rotary_tables(spec.architecture, positions)
-    causal = in_window(spec.architecture, slot <= at, positions)
-    context = Context(tables, causal, slot == at, present, tokens, positions)
+    context = Context.of(spec.architecture, slot <= at, slot == at, present, tokens, positions)
     always_on_tokens = spec.routing.always_on_tokens if spec.routing else 0
     hidden = embed(spec, params, jnp.maximum(tokens, 0), compute_dtype)
     hidden, routing, _, caches = run_layers(spec, params, hidden, context, positions < always_on_tokens, policy, caches)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from qtale_jax.inference.pages import Pool, Stored
-from qtale_jax.models.attention import HIDDEN
+from qtale_jax.models.attention import HIDDEN, attention_scores
 
 BLOCK = 128
 """Slots that one turn of the loop reads: enough that the turn costs little beside them, few enough for the cache."""
@@ -62,6 +62,8 @@ def attend_pages(
     fresh: Fresh,
     kept: Kept,
     window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "b c n d"]:
     """Softmax attention of queries to the fresh keys that are not later, and to all kept ones, which are earlier.
 
@@ -71,6 +73,8 @@ def attend_pages(
         fresh: keys and values of this call.
         kept: keys and values of earlier calls.
         window: a query sees the keys of this many positions, its own and those before it; None: all.
+        scale: what scores are multiplied by; None: d ** -0.5.
+        softcap: what they are capped at; None: nothing.
 
     Returns:
         In the type of `query`; scores, softmax and sums are float32. A query that sees nothing gives some finite row.
@@ -80,8 +84,7 @@ def attend_pages(
     grouped = query.reshape(batch, length, groups, heads // groups, width)
 
     def scores(key: Float[Array, "b s k d"], visible: Bool[Array, "b _ s"]) -> Float[Array, "b k g c s"]:
-        found = jnp.einsum("bckgd,bskd->bkgcs", grouped, key, preferred_element_type=jnp.float32) * width**-0.5
-        return jnp.where(visible[:, None, None], found, HIDDEN)
+        return jnp.where(visible[:, None, None], attention_scores(grouped, key, scale, softcap), HIDDEN)
 
     def inside(visible: Bool[Array, "b _ s"], keys: Int32[Array, "b s"]) -> Bool[Array, "b _ s"]:
         return visible if window is None else visible & (positions[:, :, None] - keys[:, None, :] < window)

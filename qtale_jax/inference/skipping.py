@@ -84,6 +84,7 @@ def run_compact(
     *,
     axis: int,
     sizes: tuple[int, ...],
+    layer: int,
 ) -> tuple[Float[Array, "b t d"], Fresh]:
     """Runs one layer for the entries that execute it.
 
@@ -96,6 +97,7 @@ def run_compact(
         kept: what the layer keeps of earlier tokens.
         axis: `ROWS` (t is 1) or `TOKENS`.
         sizes: numbers of rows, or of tokens in a row, that there are programs for; the last is all of them.
+        layer: index of the layer: some architectures have a window, or other rotations, in some layers only.
 
     Returns:
         The residual stream afterwards, and keys and values of what the layer is to keep now. Along `TOKENS` they may
@@ -103,10 +105,16 @@ def run_compact(
     """
     compaction = Compaction.of(execute, axis)
     dtype = kept.pool.dtype
-    window = block.attention.architecture.sliding_window
+    architecture = block.attention.architecture
+    see = functools.partial(
+        attend_pages,
+        window=architecture.window(layer),
+        scale=architecture.score_scale,
+        softcap=architecture.attention_softcap,
+    )
 
     def project(hidden: Array, positions: Array):
-        tables = rotary_tables(block.attention.architecture, positions)
+        tables = rotary_tables(architecture, positions, architecture.is_local(layer))
         query, key, value = block.attention.project(block.attention_norm(hidden), tables, (None,) * 3)
         return query, stored(key, dtype), stored(value, dtype)
 
@@ -131,9 +139,8 @@ def run_compact(
         if axis == ROWS:
             # Rows that only fill up should not make the loop over pages longer.
             pages = Kept(pages.pool, pages.table, jnp.where(own.kept[:, 0], pages.counts, 0))
-        attended = attend_pages(query, at, seen, pages, window).reshape(*here.shape[:2], -1)
-        out = here + block.attention.output(attended)
-        out = out + block.mlp(block.mlp_norm(out), (None,) * 3)
+        attended = see(query, at, seen, pages).reshape(*here.shape[:2], -1)
+        out = block.after_attention(here, attended)
         if whole:
             return jnp.where(execute[:, :, None], out, hidden), own
         return compaction.spread(out, hidden), _full(compaction, own, size)

@@ -22,7 +22,7 @@ def in_window(
     """The causal keys that are inside the sliding window, if there is one.
 
     Args:
-        architecture: says how wide it is.
+        architecture: says how wide it is; which layers have it, the caller knows.
         causal: keys that a query sees without it.
         queries: their positions.
         keys: their positions; None: as in a cache, 0, 1, 2 and so on.
@@ -34,6 +34,29 @@ def in_window(
     return causal & (queries[:, :, None] - keys[:, None, :] < architecture.sliding_window)
 
 
+def softcapped(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """Values squeezed into (-cap, cap), cap tanh(x / cap); None: as they are."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def attention_scores(
+    query: Float[Array, "b t k g d"],
+    key: Float[Array, "b s k d"],
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Float[Array, "b k g t s"]:
+    """Scores of all queries and keys before anything is masked, float32.
+
+    Args:
+        query: rotated queries, by the KV head that they read.
+        key: rotated keys.
+        scale: what products are multiplied by; None: d ** -0.5.
+        softcap: what scaled products are capped at; None: nothing.
+    """
+    products = jnp.einsum("btkgd,bskd->bkgts", query, key, preferred_element_type=jnp.float32)
+    return softcapped(products * (query.shape[-1] ** -0.5 if scale is None else scale), softcap)
+
+
 def attend(
     query: Float[Array, "b t n d"],
     key: Float[Array, "b s k d"],
@@ -41,19 +64,21 @@ def attend(
     causal: Bool[Array, "b t s"],
     kept: Bool[Array, "b t s"],
     key_gate: Float[Array, "b t s"] | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "b t n d"]:
     """Softmax attention over the keys that are causal and kept; scores and softmax in float32.
 
     `causal` says which keys a query could see if every token executed, those inside the sliding window if there is one,
-    `kept` which of them were not evicted.
+    `kept` which of them were not evicted. `scale` and `softcap` are those of `attention_scores`.
     `key_gate` has the value of `kept` and carries the straight-through gradient to the gates: the gradient for an
     evicted key is what its weight would have been, capped at the weight of the strongest visible key so that it stays
     bounded. (The D-LLM reference multiplies the causal softmax by the gate and renormalises: same value, unbounded.)
     """
     batch, length, heads, width = query.shape
     groups = key.shape[2]
-    query = query.reshape(batch, length, groups, heads // groups, width)
-    scores = jnp.einsum("btkgd,bskd->bkgts", query, key, preferred_element_type=jnp.float32) * width**-0.5
+    scores = attention_scores(query.reshape(batch, length, groups, heads // groups, width), key, scale, softcap)
     visible = (causal & kept)[:, None, None]
     if key_gate is None:
         weights = jax.nn.softmax(jnp.where(visible, scores, HIDDEN), axis=-1)
@@ -75,8 +100,8 @@ class Attention(nnx.Module):
         self.value = make_linear("value", ("embed", "heads"))
         self.output: Linear = make_linear("output", ("heads", "embed"))
         if architecture.query_key_norm:
-            self.query_norm = RMSNorm(architecture.head_dim, architecture.norm_eps)
-            self.key_norm = RMSNorm(architecture.head_dim, architecture.norm_eps)
+            self.query_norm = RMSNorm(architecture.head_dim, architecture.norm_eps, architecture.norm_offset)
+            self.key_norm = RMSNorm(architecture.head_dim, architecture.norm_eps, architecture.norm_offset)
         self.architecture = architecture
 
     def project(

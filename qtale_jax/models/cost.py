@@ -39,11 +39,16 @@ def flops_per_token(spec: ModelSpecification, executed_per_layer: Sequence[float
 
 def training_flops_per_token(spec: ModelSpecification, length: float) -> float:
     """FLOPs of forward and backward per token under masked execution, which computes every block: three forwards."""
-    layers, window = spec.architecture.num_layers, spec.architecture.sliding_window
-    keys = length / 2
-    if window is not None and window < length:  # half of the window while it fills, then all of it
-        keys = window - window**2 / (2 * length)
-    return 3.0 * flops_per_token(spec, [1.0] * layers, [keys] * layers)
+    architecture = spec.architecture
+
+    def keys(layer: int) -> float:
+        window = architecture.window(layer)
+        if window is None or window >= length:
+            return length / 2
+        return window - window**2 / (2 * length)  # half of the window while it fills, then all of it
+
+    layers = range(architecture.num_layers)
+    return 3.0 * flops_per_token(spec, [1.0] * len(layers), [keys(layer) for layer in layers])
 
 
 PEAK_BF16 = {

@@ -5,65 +5,50 @@ them as pure functions over a nested dict of arrays.
 """
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from qtale_jax.models.attention import Attention, attend
 from qtale_jax.models.cache import LayerCache
+from qtale_jax.models.context import Context
 from qtale_jax.models.layers import Embedding, Linear, RMSNorm
 from qtale_jax.models.router import Router
-from qtale_jax.models.specification import LINEARS, ModelSpecification
+from qtale_jax.models.specification import LINEARS, Architecture, ModelSpecification
 
 Parameters = dict[str, Any]
 """Nested dict of arrays; layer indices are ints, all other keys strings."""
 
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+"""By `Architecture.activation`."""
+
 
 class FeedForward(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """Gated MLP: down(activation(gate(x)) * up(x)); SwiGLU or, with the tanh form of GELU, GeGLU."""
 
-    def __init__(self, make_linear):
+    def __init__(self, architecture: Architecture, make_linear):
         self.gate: Linear = make_linear("gate", ("embed", "mlp"))
         self.up: Linear = make_linear("up", ("embed", "mlp"))
         self.down: Linear = make_linear("down", ("mlp", "embed"))
+        self.activation = architecture.activation
 
     def activate(self, x: Float[Array, "b t d"], keys: tuple[PRNGKeyArray | None, ...]) -> Float[Array, "b t m"]:
         """The input of `down`."""
-        return jax.nn.silu(self.gate(x, keys[0])) * self.up(x, keys[1])
+        return ACTIVATIONS[self.activation](self.gate(x, keys[0])) * self.up(x, keys[1])
 
     def __call__(self, x: Float[Array, "b t d"], keys: tuple[PRNGKeyArray | None, ...]) -> Float[Array, "b t d"]:
         """Applies the MLP; `keys` turn on the dropout of adapters on gate, up and down."""
         return self.down(self.activate(x, keys), keys[2])
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Context:
-    """What every layer needs to know about the tokens; s is the number of keys.
-
-    Attributes:
-        tables: rotary cosine and sine of each token's position.
-        causal: keys that a query sees when nothing is evicted: not later, and inside the window if there is one.
-        own: the key that is the query's own token; a query always sees itself.
-        present: tokens that are not padding; padding executes nothing.
-        tokens: ids; only pseudo-random routers look at them.
-        positions: of each token in its sequence; with a cache also the slots that its key and value go to.
-    """
-
-    tables: tuple[Float[Array, "b t 1 h"], Float[Array, "b t 1 h"]]
-    causal: Bool[Array, "b t s"]
-    own: Bool[Array, "b t s"]
-    present: Bool[Array, "b t"]
-    tokens: Int[Array, "b t"]
-    positions: Int[Array, "b t"]
-
-
 class Block(nnx.Module):
-    """One transformer block, h + attention(norm(h)), then + mlp(norm(.)); with a router if the layer is routed."""
+    """One transformer block, h + attention(norm(h)), then + mlp(norm(.)); with a router if the layer is routed.
+
+    With `post_norms` of the architecture what is added to the residual stream is normalised, too.
+    """
 
     def __init__(self, spec: ModelSpecification, layer: int, *, rngs: nnx.Rngs):
         architecture, routing, lora = spec.architecture, spec.routing, spec.lora
@@ -84,10 +69,13 @@ class Block(nnx.Module):
                 dropout=lora.dropout if lora and adapted else 0.0,
             )
 
-        self.attention_norm = RMSNorm(architecture.hidden_size, architecture.norm_eps)
+        self.attention_norm = hidden_norm(architecture)
         self.attention = Attention(architecture, make_linear)
-        self.mlp_norm = RMSNorm(architecture.hidden_size, architecture.norm_eps)
-        self.mlp = FeedForward(make_linear)
+        self.mlp_norm = hidden_norm(architecture)
+        self.mlp = FeedForward(architecture, make_linear)
+        if architecture.post_norms:
+            self.attention_post_norm = hidden_norm(architecture)
+            self.mlp_post_norm = hidden_norm(architecture)
         self.routed = routing is not None and layer >= routing.always_on_layers
         if routing is not None and self.routed and routing.router == "learned":
             self.router = Router(
@@ -117,12 +105,30 @@ class Block(nnx.Module):
         drop = (None,) * len(LINEARS) if dropout_key is None else tuple(jax.random.split(dropout_key, len(LINEARS)))
         key_gate = gate if eviction_gradient else None
         attended, cache = self._attend(hidden, context, execute, key_gate, cache, drop[:3])
-        out = hidden + self.attention.output(attended, drop[3])
-        out = out + self.mlp(self.mlp_norm(out), drop[4:])
+        out = self.after_attention(hidden, attended, drop[3:])
         if gate is None:
             return jnp.where(execute[:, :, None], out, hidden), cache
         weight = gate.astype(out.dtype)[:, :, None]
         return weight * out + (1 - weight) * hidden, cache
+
+    def after_attention(
+        self,
+        hidden: Float[Array, "b t d"],
+        attended: Float[Array, "b t o"],
+        keys: tuple[PRNGKeyArray | None, ...] = (None,) * 4,
+    ) -> Float[Array, "b t d"]:
+        """The block's result, from its input and the input of the output projection.
+
+        `keys` turn on the dropout of adapters on output, gate, up and down.
+        """
+        out = self._with_attention(hidden, attended, keys[0])
+        return out + self._post_norm("mlp_post_norm", self.mlp(self.mlp_norm(out), keys[1:]))
+
+    def _with_attention(self, hidden, attended, key):
+        return hidden + self._post_norm("attention_post_norm", self.attention.output(attended, key))
+
+    def _post_norm(self, name: str, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        return getattr(self, name)(x) if self.attention.architecture.post_norms else x
 
     def _attend(self, hidden, context, execute, gate, cache, drop):
         """The input of the output projection, and the cache with this call's keys and values."""
@@ -134,7 +140,17 @@ class Block(nnx.Module):
             key, value, stays = cache.key.astype(query.dtype), cache.value.astype(query.dtype), cache.kept
         elif self.eviction and gate is not None:
             key_gate = jnp.where(context.own, 1.0, gate[:, None, :])
-        attended = attend(query, key, value, context.causal, stays[:, None, :] | context.own, key_gate)
+        architecture = self.attention.architecture
+        attended = attend(
+            query,
+            key,
+            value,
+            context.causal,
+            stays[:, None, :] | context.own,
+            key_gate,
+            scale=architecture.score_scale,
+            softcap=architecture.attention_softcap,
+        )
         return attended.reshape(*hidden.shape[:2], -1), cache
 
     def linear_inputs(
@@ -146,13 +162,18 @@ class Block(nnx.Module):
         """
         none = (None,) * 3
         attended, _ = self._attend(hidden, context, execute, None, None, none)
-        between = self.mlp_norm(hidden + self.attention.output(attended))
+        between = self.mlp_norm(self._with_attention(hidden, attended, None))
         return {
             "query": self.attention_norm(hidden),
             "output": attended,
             "gate": between,
             "down": self.mlp.activate(between, none),
         }
+
+
+def hidden_norm(architecture: Architecture) -> RMSNorm:
+    """A norm over the residual stream's width."""
+    return RMSNorm(architecture.hidden_size, architecture.norm_eps, architecture.norm_offset)
 
 
 class Decoder(nnx.Module):
@@ -164,7 +185,7 @@ class Decoder(nnx.Module):
         table = (architecture.vocab_size, architecture.hidden_size)
         self.embedding = Embedding(*table, dtype=dtype, rngs=rngs, format=formats.get("embedding"))
         self.layers = nnx.List([Block(spec, layer, rngs=rngs) for layer in range(architecture.num_layers)])
-        self.final_norm = RMSNorm(architecture.hidden_size, architecture.norm_eps)
+        self.final_norm = hidden_norm(architecture)
         if not architecture.tied_head:
             shape = (architecture.hidden_size, architecture.vocab_size)
             self.head = Linear(shape, axes=("embed", "vocab"), dtype=dtype, rngs=rngs, format=formats.get("head"))

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from qtale_jax.models.attention import in_window
-from qtale_jax.models.decoder import Context, LayerCache, Parameters, skeleton
+from qtale_jax.models.attention import softcapped
+from qtale_jax.models.context import Context
+from qtale_jax.models.decoder import LayerCache, Parameters, skeleton
 from qtale_jax.models.policy import Dense, ExpertChoice, Policy, Sampled, decide, probability
-from qtale_jax.models.rotary import rotary_tables
 from qtale_jax.models.router import hashed_logits
 from qtale_jax.models.specification import ModelSpecification
 from qtale_jax.models.stacking import is_stacked, stacks
@@ -82,11 +82,10 @@ def context_of(
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     earlier = index[None, :, None] >= index[None, None, :]
     causal = (segment_ids[:, :, None] == segment_ids[:, None, :]) & present[:, None, :] & earlier
-    causal = in_window(spec.architecture, causal, positions, positions)
     own = jnp.broadcast_to(index[None, :, None] == index[None, None, :], causal.shape)
     always_on_tokens = spec.routing.always_on_tokens if spec.routing else 0
-    tables = rotary_tables(spec.architecture, positions)
-    return Context(tables, causal, own, present, tokens, positions), positions < always_on_tokens
+    context = Context.of(spec.architecture, causal, own, present, tokens, positions, keys=positions)
+    return context, positions < always_on_tokens
 
 
 def merge(module: Module, params: Parameters) -> Module:
@@ -99,17 +98,19 @@ def embed(
 ) -> Float[Array, "b t d"]:
     """Looks tokens up in the embedding table; padding ids (negative) read row 0, as beyond the table there is NaN."""
     hidden = merge(skeleton(spec).embedding, params["embedding"])(jnp.maximum(tokens, 0)).astype(dtype)
+    if spec.architecture.scaled_embedding:  # by a factor rounded to the type, as such models were trained
+        hidden = hidden * jnp.asarray(spec.architecture.hidden_size**0.5, dtype)
     return constrain(hidden, "batch", "length", "activation_embed")
 
 
 def unembed(spec: ModelSpecification, params: Parameters, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
-    """Final norm and head; logits in float32."""
+    """Final norm and head; logits in float32, capped where the architecture caps them."""
     hidden = merge(skeleton(spec).final_norm, params["final_norm"])(hidden)
     if spec.architecture.tied_head:
         weight = merge(skeleton(spec).embedding, params["embedding"]).head()
     else:
         weight = merge(skeleton(spec).head, params["head"]).weight()
-    logits = linear(hidden, weight, jnp.float32)
+    logits = softcapped(linear(hidden, weight, jnp.float32), spec.architecture.logit_softcap)
     return constrain(logits, "batch", "length", "activation_vocab")
 
 
@@ -133,11 +134,12 @@ def _run_block(
     block = merge(skeleton(spec).layers[kind], params)
     execute, gate, logits = route(block, hidden, context, initial, policy, routed, layer)
     key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
+    seen = context.at_layer(spec.architecture, layer)
 
     through_eviction = isinstance(policy, Sampled | ExpertChoice) and policy.eviction_gradient
 
     def run():
-        return block(hidden, context, execute, gate, cache, key, through_eviction)
+        return block(hidden, seen, execute, gate, cache, key, through_eviction)
 
     # Besides saving the layer that no token executes, the branch is a boundary for the compiler: how a mask came about
     # cannot change how the block is compiled, so a routed model at theta = 0 equals the dense one bit for bit.

@@ -20,17 +20,18 @@ def parameter(value: Array, axes: tuple[str | None, ...]) -> nnx.Param:
 
 
 class RMSNorm(nnx.Module):
-    """y = x / sqrt(mean(x^2) + eps) * scale, computed in float32, returned in the type of x."""
+    """y = x / sqrt(mean(x^2) + eps) * (offset + scale), computed in float32, returned in the type of x."""
 
-    def __init__(self, size: int, epsilon: float):
-        self.scale = parameter(jnp.ones((size,), jnp.float32), (None,))
-        self.epsilon = epsilon
+    def __init__(self, size: int, epsilon: float, offset: float = 0.0):
+        self.scale = parameter(jnp.full((size,), 1.0 - offset, jnp.float32), (None,))
+        self.epsilon, self.offset = epsilon, offset
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         """Normalises the last axis."""
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        scale = self.scale[...] if self.offset == 0 else self.offset + self.scale[...]
+        scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
         return (wide * jax.lax.rsqrt(mean_square + self.epsilon) * scale).astype(x.dtype)
 
 

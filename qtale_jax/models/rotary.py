@@ -9,16 +9,18 @@ from jaxtyping import Array, Float, Int
 from qtale_jax.models.specification import Architecture
 
 
-def frequencies(architecture: Architecture) -> np.ndarray:
+def frequencies(architecture: Architecture, local: bool = False) -> np.ndarray:
     """Returns the (head_dim / 2,) float32 angular frequencies, radians per position.
 
     With `rope_scaling`, wavelengths longer than original_length / low_freq_factor are stretched by `factor`, those
     shorter than original_length / high_freq_factor are kept, and between the two the frequency is interpolated
-    (Llama 3.1).
+    (Llama 3.1). With `local` those of layers with a sliding window, where these have a base of their own.
     """
+    own_base = local and architecture.local_rope_theta is not None
+    theta = architecture.local_rope_theta if own_base else architecture.rope_theta
     half = np.arange(0, architecture.head_dim, 2, dtype=np.float32) / np.float32(architecture.head_dim)
-    base = (1.0 / np.float32(architecture.rope_theta) ** half).astype(np.float32)
-    scaling = architecture.rope_scaling
+    base = (1.0 / np.float32(theta) ** half).astype(np.float32)
+    scaling = None if own_base else architecture.rope_scaling
     if scaling is None:
         return base
     wavelength = 2 * math.pi / base
@@ -30,10 +32,14 @@ def frequencies(architecture: Architecture) -> np.ndarray:
 
 
 def rotary_tables(
-    architecture: Architecture, positions: Int[Array, "b t"]
+    architecture: Architecture, positions: Int[Array, "b t"], local: bool = False
 ) -> tuple[Float[Array, "b t 1 h"], Float[Array, "b t 1 h"]]:
-    """Returns float32 cosine and sine for each position, shaped to broadcast over heads; h = head_dim / 2."""
-    angles = positions.astype(jnp.float32)[:, :, None, None] * jnp.asarray(frequencies(architecture))[None, None, None]
+    """Returns float32 cosine and sine for each position, shaped to broadcast over heads; h = head_dim / 2.
+
+    With `local` those of layers with a sliding window.
+    """
+    found = jnp.asarray(frequencies(architecture, local))
+    angles = positions.astype(jnp.float32)[:, :, None, None] * found[None, None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -5,6 +5,7 @@ not, and to run it. All classes are frozen and hashable, so that they can be sta
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
@@ -37,9 +38,18 @@ class Architecture(_Frozen, frozen=True):
         biases: linears of a block that add a bias.
         query_key_norm: RMS norm over each head of query and key, before they are rotated.
         sliding_window: a query sees the keys of this many positions, its own and those before it; None: all.
+        global_layers: the layers that have no window although the others have, ascending; all others are local.
+        local_rope_theta: base of the rotary frequencies of local layers, which are not scaled; None: as everywhere.
+        norm_offset: added to the scale of every norm but those of routers; 1 where zeros stand for "as it is".
+        post_norms: RMS norm of what attention and MLP give, before it is added to the residual stream.
+        scaled_embedding: token embeddings are multiplied by the root of `hidden_size`; a tied head is not.
+        activation: of the gate of the MLP; "gelu_tanh" is the tanh approximation of GELU.
+        query_pre_attn_scalar: attention scores are divided by its root; None: `head_dim`.
+        attention_softcap: scores s become c tanh(s / c) before they are masked; None: they do not.
+        logit_softcap: the same for the logits.
     """
 
-    family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"] = "llama"
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -55,6 +65,48 @@ class Architecture(_Frozen, frozen=True):
     biases: tuple[LinearName, ...] = ()
     query_key_norm: bool = False
     sliding_window: int | None = Field(default=None, ge=1)
+    global_layers: tuple[int, ...] = ()
+    local_rope_theta: float | None = Field(default=None, gt=0)
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    scaled_embedding: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    query_pre_attn_scalar: float | None = Field(default=None, gt=0)
+    attention_softcap: float | None = Field(default=None, gt=0)
+    logit_softcap: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.global_layers:
+            if self.sliding_window is None:
+                raise ValueError("global_layers tells layers apart by their window, and sliding_window is None")
+            inside = set(self.global_layers) < set(range(self.num_layers))
+            if not inside or list(self.global_layers) != sorted(set(self.global_layers)):
+                last = self.num_layers - 1
+                raise ValueError(f"global_layers={self.global_layers}; allowed: ascending, some of 0 to {last}")
+        return self
+
+    @property
+    def score_scale(self) -> float:
+        """What attention scores are multiplied by."""
+        return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
+
+    def is_local(self, layer: int) -> bool:
+        """Whether a layer has the sliding window, and with it the rotary frequencies of local layers."""
+        return self.sliding_window is not None and layer not in self.global_layers
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of a layer; None: it sees all keys."""
+        return self.sliding_window if self.is_local(layer) else None
+
+    def with_layers(self, layers: Sequence[int]) -> "Architecture":
+        """The architecture that has these layers of this one, in their order, and no others."""
+        kept = tuple(new for new, old in enumerate(layers) if old in self.global_layers)
+        window = self.sliding_window
+        if self.global_layers and len(kept) == len(layers):
+            kept, window = (), None
+        fields = {"num_layers": len(layers), "global_layers": kept, "sliding_window": window}
+        return self.model_copy(update=fields)
 
     def linear_shape(self, name: str) -> tuple[int, int]:
         """Returns (inputs, outputs) of one of `LINEARS`."""

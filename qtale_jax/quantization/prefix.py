@@ -66,7 +66,8 @@ def _observe(
     context, _ = context_of(spec, tokens, segment_ids)
     block = merge(skeleton(spec).layers[kind], layer)
     # Tokens that count without executing leave no key behind, or those that execute would see what they never see.
-    return accumulate(found, block.linear_inputs(hidden, context, execute)[reader], counted)
+    seen = context.at_layer(spec.architecture, kind)
+    return accumulate(found, block.linear_inputs(hidden, seen, execute)[reader], counted)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "kind"), donate_argnames=("hidden",))
@@ -81,7 +82,8 @@ def _advance(
 ) -> Float[Array, "b t d"]:
     """The hidden states after the layer."""
     context, _ = context_of(spec, tokens, segment_ids)
-    return merge(skeleton(spec).layers[kind], layer)(hidden, context, execute)[0]
+    seen = context.at_layer(spec.architecture, kind)
+    return merge(skeleton(spec).layers[kind], layer)(hidden, seen, execute)[0]
 
 
 class Prefix:
@@ -167,7 +169,9 @@ class Prefix:
 
     def _kind(self, index: int) -> int:
         """A layer that stands for all layers of its make, so that one program serves them."""
-        return next(layers[0] for layers in stacks(self._spec).values() if index in layers)
+        architecture = self._spec.architecture
+        stack = next(layers for layers in stacks(self._spec).values() if index in layers)
+        return next(layer for layer in stack if architecture.is_local(layer) == architecture.is_local(index))
 
 
 def _filled(execute: list[np.ndarray], present: list[np.ndarray], missing: int) -> list[np.ndarray]:

@@ -81,11 +81,14 @@ def scale_inputs(
             chosen, seen = [formats[name] for name in rounded], found[reader]
             scales[reader] = search_scales(kernels, chosen, seen.hessian, seen.mean_magnitude, grid=grid).scales
             found[reader] = seen.scaled(scales[reader])
-    return fold(layer, scales), found, before
+    return fold(layer, scales, architecture.norm_offset), found, before
 
 
-def fold(layer: Parameters, scales: dict[str, Float[Array, " i"]]) -> Parameters:
-    """Divides what makes the inputs of the given readers by their scales, and multiplies what reads them."""
+def fold(layer: Parameters, scales: dict[str, Float[Array, " i"]], norm_offset: float = 0.0) -> Parameters:
+    """Divides what makes the inputs of the given readers by their scales, and multiplies what reads them.
+
+    A norm multiplies by `norm_offset` plus its scale, and the sum is what is divided.
+    """
     out = {part: dict(tree) for part, tree in layer.items()}
 
     def scale_rows(name: str, by: Array) -> None:
@@ -106,7 +109,7 @@ def fold(layer: Parameters, scales: dict[str, Float[Array, " i"]]) -> Parameters
             divide_outputs({"output": "value", "down": "up"}[reader], by)
         else:
             norm = {"query": "attention_norm", "gate": "mlp_norm"}[reader]
-            out[norm] = {"scale": out[norm]["scale"] / by}
+            out[norm] = {"scale": (out[norm]["scale"] + norm_offset) / by - norm_offset}
     return out
 
 

@@ -120,6 +120,17 @@ class ExecutionMap(_Record):
         return sum(map(sum, self.execute)) / (len(self.execute) * len(self.execute[0]))
 
 
+class WrittenResponses(_Record):
+    """ROUGE of what the model wrote after each prompt: F-measures, how many prompts, how many were too long."""
+
+    rouge1: Share
+    rouge2: Share
+    rougeL: Share
+    examples: int = Field(gt=0)
+    dropped: int = Field(ge=0)
+    executed_ratio: Share
+
+
 class Evaluation(_Record):
     """One file of the evaluation stage: a row and what the plots need beside it."""
 
@@ -130,6 +141,7 @@ class Evaluation(_Record):
     gap_histogram: Histogram | None = None
     logit_gap_mean: float | None = None
     flip_rate: Share | None = None
+    written: WrittenResponses | None = None
     maps: tuple[ExecutionMap, ...] = ()
     source: str = ""
 

@@ -26,7 +26,7 @@ def _dissimilarity(
     hidden, sums = embed(spec, params, tokens, jnp.dtype(jnp.float32)), []
     present = context.present.astype(jnp.float32)
     for layer in range(spec.architecture.num_layers):
-        one = spec.model_copy(update={"architecture": spec.architecture.model_copy(update={"num_layers": 1})})
+        one = spec.model_copy(update={"architecture": spec.architecture.with_layers((layer,))})
         before = hidden
         hidden, *_ = run_layers(one, {"layers": {0: params["layers"][layer]}}, hidden, context, initial, Dense())
         norms = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(hidden, axis=-1)
@@ -112,6 +112,6 @@ def drop_layers(
     numbers = [layer for layer in range(whole) if layer not in spec.dropped_layers]
     left = {numbers[layer] for layer in keep}
     dropped = tuple(layer for layer in range(whole) if layer not in left)
-    architecture = spec.architecture.model_copy(update={"num_layers": len(keep)})
+    architecture = spec.architecture.with_layers(keep)
     smaller = spec.model_copy(update={"architecture": architecture, "dropped_layers": dropped})
     return smaller, {**params, "layers": {new: params["layers"][old] for new, old in enumerate(keep)}}

@@ -9,7 +9,15 @@ from qtale_jax.config.schema import Config
 from qtale_jax.errors import InputError
 
 SECTIONS = ("seed", "model", "routing", "lora", "data", "train")
-FREE = {"log_every", "evaluate_every", "evaluate_batches", "checkpoint_every", "keep_checkpoints", "merge_lora"}
+FREE = {
+    "log_every",
+    "evaluate_every",
+    "evaluate_batches",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "merge_lora",
+    "wandb_project",
+}
 """Keys of `train` that change what is written, not what is computed."""
 
 

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from qtale_jax.training.wandb_log import WandbLog
+
 
 def memory_bytes() -> int:
     """Peak bytes in use on the first device, or of this process where the device does not tell (CPU)."""
@@ -25,14 +27,26 @@ def flat_numbers(metrics: dict[str, Any]) -> dict[str, Any]:
     return {name: np.asarray(value).astype(np.float64).tolist() for name, value in jax.device_get(metrics).items()}
 
 
-class RunLog:
-    """Appends to metrics.jsonl and TensorBoard and draws progress; on resume, lines after the resumed step go."""
+def scalars(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a row by name, those of lists by name and index."""
+    found = {}
+    for name, value in row.items():
+        if isinstance(value, (int, float)):
+            found[name] = value
+        elif isinstance(value, list):
+            found |= {f"{name}/{index}": entry for index, entry in enumerate(value)}
+    return found
 
-    def __init__(self, directory: Path, total: int, resumed: int, quiet: bool):
+
+class RunLog:
+    """Appends to metrics.jsonl, TensorBoard and W&B and draws progress; on resume, lines after the resumed step go."""
+
+    def __init__(self, directory: Path, total: int, resumed: int, quiet: bool, wandb: WandbLog | None = None):
         self.file = directory / "metrics.jsonl"
         self._drop_after(resumed)
         self._stream = self.file.open("a")
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resumed or None)
+        self._wandb = wandb
         self._total, self._quiet = total, quiet
         self._console = Console(file=sys.stderr)
         columns = (
@@ -64,10 +78,12 @@ class RunLog:
         self._progress.start()
         return self
 
-    def __exit__(self, *_exception) -> None:
+    def __exit__(self, kind, *_exception) -> None:
         self._progress.stop()
         self._stream.close()
         self._board.close()
+        if self._wandb is not None:
+            self._wandb.close(failed=kind is not None)
 
     def advance(self, step: int, rate: str) -> None:
         """Moves the progress bar."""
@@ -79,12 +95,11 @@ class RunLog:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._stream.write(json.dumps({"step": step, **clean}) + "\n")
         self._stream.flush()
-        for name, value in row.items():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(name, value, step)
-            elif isinstance(value, list):
-                for index, entry in enumerate(value):
-                    self._board.add_scalar(f"{name}/{index}", entry, step)
+        numbers = scalars(row)
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.write(step, numbers)
         if plain and not self._quiet and not self._console.is_terminal:
             shown = ("loss", "cross_entropy", "executed_ratio", "flip_rate", "validation", "steps_per_second")
             text = "  ".join(f"{name} {row[name]:.4g}" for name in shown if isinstance(row.get(name), float))

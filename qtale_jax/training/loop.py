@@ -29,6 +29,7 @@ from qtale_jax.training.logs import RunLog, flat_numbers, memory_bytes
 from qtale_jax.training.optimizer import build_optimizer, nest
 from qtale_jax.training.start import Start, place_state, prepare, state_shardings
 from qtale_jax.training.step import Batch, TrainState, TrainStep
+from qtale_jax.training.wandb_log import WandbLog, import_wandb
 
 
 class NonFiniteLoss(InputError):
@@ -105,7 +106,9 @@ def total_steps(config: Config, start: Start) -> int:
 
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Refuses what only the devices tell: a microbatch that the data axes do not divide."""
+    """Refuses what only the machine tells: a microbatch that the data axes do not divide, a tracker that is missing."""
+    if config.train.wandb_project is not None:
+        import_wandb()
     rows, ways = config.train.batch_size // config.train.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % ways:
         raise InputError(
@@ -167,7 +170,7 @@ def run(config, start, mesh, steps, state, pipeline, optimizer, checkpoints, key
     clock, since = time.perf_counter(), done
     route_key = jax.random.fold_in(key, 2)
     try:
-        with RunLog(Path(config.output), steps, done, quiet) as log:
+        with RunLog(Path(config.output), steps, done, quiet, _wandb(config)) as log:
             while done < steps:
                 batch = next(pipeline)
                 state, metrics = step_function(state, start.frozen, teacher, sharded_batch(mesh, batch), route_key)
@@ -198,6 +201,13 @@ def run(config, start, mesh, steps, state, pipeline, optimizer, checkpoints, key
     finally:
         signal.signal(signal.SIGTERM, previous) if previous is not None else None
     return state
+
+
+def _wandb(config: Config) -> WandbLog | None:
+    """The W&B run that is logged to, if any; one process of many does."""
+    if config.train.wandb_project is None or jax.process_index() > 0:
+        return None
+    return WandbLog(Path(config.output), config.train.wandb_project, resolve(config))
 
 
 def _on_sigterm(stop: threading.Event):

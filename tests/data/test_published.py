@@ -5,7 +5,8 @@ import pytest
 
 from qtale_jax.config.schema import DataConfig
 from qtale_jax.data.published import catalogue
-from qtale_jax.data.sources import Choice, read
+from qtale_jax.data.records import Choice, Document, Instruction
+from qtale_jax.data.sources import PROMPT, PROMPT_WITH_INPUT, read
 from qtale_jax.errors import InputError
 
 ARC = {"id": "x", "question": "Why?", "choices": {"text": ["a", "b", "c"], "label": ["A", "B", "C"]}, "answerKey": "C"}
@@ -58,7 +59,7 @@ def config(path, *tasks) -> DataConfig:
 
 
 def test_every_published_task_becomes_questions(folder):
-    assert set(ROWS) == set(catalogue())
+    assert set(ROWS) == {task for task, entry in catalogue().items() if "query" in entry}
     for task, (_, question) in ROWS.items():
         for split, count in (("train", 8), ("calibration", 2), ("validation", 10), ("test", 10)):
             assert read(config(folder, task), split) == [Choice(task, *question)] * count
@@ -80,3 +81,51 @@ def test_what_cannot_be_read_is_one_line_that_says_what_to_put_where(folder, mon
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"'piqa', split 'validation' cannot be read .*put that folder to FOLDER/piqa"):
         read(config(None, "piqa"), "test")
+    with pytest.raises(
+        InputError, match=r"no folder samsum in it; save it .*load_dataset\('knkarthick/samsum', None\)"
+    ):
+        read(config(folder, "samsum"), "test")
+
+
+def saved(folder, task, **splits):
+    """A data set as `datasets` saves it, with the given rows."""
+    rows = {split: datasets.Dataset.from_list(found) for split, found in splits.items()}
+    datasets.DatasetDict(rows).save_to_disk(folder / task)
+    return folder
+
+
+def test_alpaca_is_cut_as_a_file_is_and_has_its_own_prompts(tmp_path):
+    rows = [{"instruction": f"Say {i}", "input": "x, y" if i % 2 else "", "output": str(i)} for i in range(20)]
+    rows.insert(3, {"instruction": "Say nothing", "input": "", "output": " "})  # there are some: nothing to learn
+    folder = saved(tmp_path, "alpaca", train=rows)
+    found = {split: read(config(folder, "alpaca"), split) for split in ("train", "calibration", "validation", "test")}
+    assert {split: len(part) for split, part in found.items()} == {
+        "train": 12,
+        "calibration": 4,
+        "validation": 2,
+        "test": 2,
+    }
+    assert [record.response for part in found.values() for record in part] == [str(i) for i in range(20)]
+    assert found["train"][:2] == [
+        Instruction(PROMPT.format(instruction="Say 0"), "0"),
+        Instruction(PROMPT_WITH_INPUT.format(instruction="Say 1", input="x, y"), "1"),
+    ]
+
+
+def test_samsum(tmp_path):
+    row = {"id": "1", "dialogue": "A: hi\r\nB: ho", "summary": "A and B greet."}
+    folder = saved(tmp_path, "samsum", train=[row] * 10, validation=[row], test=[row, {**row, "dialogue": ""}])
+    expected = Instruction("Summarize this dialog:\nA: hi\r\nB: ho\n---\nSummary:\n", "A and B greet.")
+    for split, count in (("train", 8), ("calibration", 2), ("validation", 1), ("test", 1)):
+        assert read(config(folder, "samsum"), split) == [expected] * count
+
+
+def test_wikitext_is_one_text_per_split(tmp_path):
+    rows = [{"text": ""}, {"text": " = A = \n"}, {"text": " a b \n"}, {"text": ""}, {"text": " c \n"}]
+    folder = saved(tmp_path, "wikitext2", train=rows * 2, validation=rows, test=rows)
+    test = Document("\n\n = A = \n\n\n a b \n\n\n\n\n c \n", continuous=True)
+    assert read(config(folder, "wikitext2"), "test") == [test]
+    train, calibration = (read(config(folder, "wikitext2"), split)[0].text for split in ("train", "calibration"))
+    assert calibration == "\n\n c \n" and train.endswith(" a b \n") and len(train) > len(test.text)
+    with pytest.raises(InputError, match=r"'wikitext2' is plain text, which does not go with other tasks"):
+        read(config(folder, "piqa", "wikitext2"), "test")

@@ -120,6 +120,32 @@ def test_instructions_of_llm_adapters(tmp_path):
     ]
 
 
+def test_questions_of_llm_adapters(tmp_path):
+    """A folder per task, named like it; choices and the answer are names, the response is a sentence with one."""
+    question = "Is it?\n\nAnswer1: yes Answer2: no\n\nAnswer format: answer1/answer2"
+    row = {"instruction": question, "input": "", "output": "the correct answer is answer2", "answer": "answer2"}
+    for task in ("siqa", "piqa"):
+        (tmp_path / task).mkdir()
+        (tmp_path / task / "train.json").write_text(json.dumps([row] * 10))
+        (tmp_path / task / "test.json").write_text(json.dumps([row] * 4))
+    data = DataConfig.model_validate(
+        {"kind": "multiple_choice", "paths": [str(tmp_path / "siqa"), str(tmp_path / "piqa")], "held_out": 0.2}
+    )
+    prompt = PROMPT.format(instruction=question).rstrip()
+    choices = ("the correct answer is answer1", "the correct answer is answer2")
+    for split, count in (("train", 8), ("calibration", 2), ("validation", 2), ("test", 2)):
+        assert read(data, split) == [
+            Choice(task, prompt, choices, 1) for task in ("siqa", "piqa") for _ in range(count)
+        ]
+    file = tmp_path / "one.json"
+    file.write_text(json.dumps([{**row, "output": "no"}]))
+    assert read(config("multiple_choice", file, evaluation_path=str(file)), "test")[0].choices == ("answer1", "answer2")
+    for changes, found in (({"answer": "answer3"}, "answer3"), ({"instruction": "Is it?"}, r"found \(\)")):
+        file.write_text(json.dumps([row | changes]))
+        with pytest.raises(InputError, match=rf"row 1: the instruction of a question ends with .*{found}"):
+            read(config("multiple_choice", file), "train")
+
+
 @pytest.fixture
 def folder(tmp_path):
     """D-LLM's layout."""

@@ -15,6 +15,7 @@ from qtale_jax.evaluation.evaluate import (
     cost,
     default_point,
     evaluate,
+    likelihood_rows,
     nats_per_token,
     per_task,
     routing_summary,
@@ -238,3 +239,15 @@ def test_half_precision_changes_little(loaded, choices):
     half = settings.model_copy(update={"train": settings.train.model_copy(update={"compute_dtype": "bfloat16"})})
     nats = [evaluate(loaded, s, theta=0.0)["row"]["nats_per_token"] for s in (settings, half)]
     assert nats[0] != nats[1] and nats[0] == pytest.approx(nats[1], rel=0.02)
+
+
+def test_of_a_continuous_text_all_pieces_are_scored(loaded):
+    text = " ".join(list(reasoning.WORDS)[:25])
+    settings = Config.model_validate({"data": {"kind": "text", "path": "unused", "length": 8}})
+    rows = likelihood_rows([Document(text, continuous=True)], loaded.tokenizer, settings)
+    ids = encode(loaded.tokenizer, [text])[0]
+    assert [len(row.ids) for row in rows] == [8, 8, 8, 2] and all(row.start == 1 for row in rows)
+    assert [token for row in rows for token in row.ids] == ids  # and no end token: the text goes on
+    assert len(likelihood_rows([Document(text, continuous=True)], loaded.tokenizer, settings, 2)) == 2
+    (whole,) = likelihood_rows([Document(text)], loaded.tokenizer, settings)
+    assert list(whole.ids) == ids[:8]

@@ -94,6 +94,18 @@ def test_given_masks(routed, batch, share):
 
 LENGTHS = np.array([1, 12, 7, 3])
 
+TWO_KINDS = {
+    "sliding_window": 3,
+    "global_layers": (1,),
+    "local_rope_theta": 100.0,
+    "norm_offset": 1.0,
+    "post_norms": True,
+    "activation": "gelu_tanh",
+    "query_pre_attn_scalar": 3.0,
+    "attention_softcap": 1.5,
+    "logit_softcap": 2.0,
+}
+
 
 @pytest.fixture
 def model(routed, request):
@@ -102,6 +114,10 @@ def model(routed, request):
     if request.param == "window":
         narrow = spec.architecture.model_copy(update={"sliding_window": 3})
         return spec.model_copy(update={"architecture": narrow}), params
+    if request.param == "two kinds of layers":
+        shape = spec.architecture.model_copy(update=TWO_KINDS)
+        spec = spec.model_copy(update={"architecture": shape})
+        return spec, initialize(spec, jax.random.key(8))
     if request.param == "head size":
         shape = spec.architecture.model_copy(update={"query_key_norm": True, "num_kv_heads": 4, "biases": ("key",)})
         spec = spec.model_copy(update={"architecture": shape})
@@ -113,7 +129,9 @@ def model(routed, request):
     return request.getfixturevalue(request.param)
 
 
-@pytest.mark.parametrize("model", ["window", "head size", "int4", "without_eviction", "hashed"], indirect=True)
+@pytest.mark.parametrize(
+    "model", ["window", "head size", "two kinds of layers", "int4", "without_eviction", "hashed"], indirect=True
+)
 def test_all_kinds_of_models(model):
     execute = agrees(model, random_tokens(5), LENGTHS, Thresholded(jnp.full(2, 0.55)))
     assert 0.1 < execute[:, 2:, 1:].mean() < 0.9

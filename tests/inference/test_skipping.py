@@ -63,7 +63,7 @@ def test_products_are_as_large_as_the_smallest_size_that_fits(dense, axis, shape
 
     def run(params, hidden, positions, mask, cache):
         kept = Kept(cache.pool, cache.table[1], cache.counts[1])
-        return run_compact(block(params), hidden, positions, mask, mask, kept, axis=axis, sizes=programs)
+        return run_compact(block(params), hidden, positions, mask, mask, kept, axis=axis, sizes=programs, layer=1)
 
     arguments = (jnp.zeros((*shape, 16)), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.bool_), cache)
     jaxpr = jax.make_jaxpr(run)(params["layers"][1], *arguments).jaxpr

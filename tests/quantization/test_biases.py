@@ -25,7 +25,22 @@ run = jax.jit(forward, static_argnames=("spec",))
 @pytest.fixture(scope="module")
 def model(make_routed):
     """Two layers with all parts of families, every query head with its own value head: AWQ scales values too."""
-    return make_routed(num_layers=2, num_kv_heads=4, biases=BIASES, query_key_norm=True, sliding_window=5)
+    return make_routed(
+        num_layers=2,
+        num_kv_heads=4,
+        biases=BIASES,
+        query_key_norm=True,
+        sliding_window=5,
+        global_layers=(1,),
+        local_rope_theta=100.0,
+        norm_offset=0.5,
+        post_norms=True,
+        scaled_embedding=True,
+        activation="gelu_tanh",
+        query_pre_attn_scalar=4.0,
+        attention_softcap=8.0,
+        logit_softcap=20.0,
+    )
 
 
 @pytest.mark.parametrize("method", ["rtn", "awq", "gptq", "magr"])
@@ -83,7 +98,7 @@ def test_scales_fold_into_the_bias_of_value(model, calibration):
         name: jnp.exp(jax.random.normal(key, (size,), jnp.float32))
         for key, (name, size) in zip(keys, sizes.items(), strict=True)
     }
-    folded, expected = fold(layer, scales), block(layer)
+    folded, expected = fold(layer, scales, spec.architecture.norm_offset), block(layer)
     largest = float(jnp.abs(expected).max())
     np.testing.assert_allclose(block(folded), expected, atol=1e-5 * largest)
     np.testing.assert_array_equal(folded["attention"]["query"]["bias"], layer["attention"]["query"]["bias"])

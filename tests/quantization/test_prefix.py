@@ -17,6 +17,19 @@ from qtale_jax.quantization.scaling import READERS
 pytestmark = pytest.mark.slow
 
 FLOAT32 = jnp.dtype(jnp.float32)
+
+TWO_KINDS_OF_LAYERS = {
+    "sliding_window": 3,
+    "global_layers": (2,),
+    "local_rope_theta": 50.0,
+    "norm_offset": 1.0,
+    "post_norms": True,
+    "scaled_embedding": True,
+    "activation": "gelu_tanh",
+    "query_pre_attn_scalar": 3.0,
+    "attention_softcap": 1.5,
+    "logit_softcap": 3.0,
+}
 run = jax.jit(forward, static_argnums=0)
 
 
@@ -67,12 +80,18 @@ def reference(quantized, calibration):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "routing",
-    [{}, {"eviction": False}, None, {"method": "random", "router": "hashed"}],
-    ids=["evicting", "keeping", "dense", "hashed"],
+    ("routing", "fields"),
+    [
+        ({}, {}),
+        ({"eviction": False}, {}),
+        (None, {}),
+        ({"method": "random", "router": "hashed"}, {}),
+        ({}, TWO_KINDS_OF_LAYERS),
+    ],
+    ids=["evicting", "keeping", "dense", "hashed", "two kinds of layers"],
 )
-def test_rows_arrive_where_the_quantized_model_takes_them(make_routed, calibration, routing):
-    model = make_routed(routing=routing)
+def test_rows_arrive_where_the_quantized_model_takes_them(make_routed, calibration, routing, fields):
+    model = make_routed(routing=routing, **fields)
     ends = {"embedding_bits": 8, "head_bits": 8} | ({} if routing is None else {"router_bits": 8})
     spec, params, layers = quantized = quantize(*model, **ends)
     prefix = started(model, quantized, calibration)

@@ -59,20 +59,30 @@ def rows() -> tuple[np.ndarray, np.ndarray]:
     return tokens, segments
 
 
+KINDS = [{}, {"sliding_window": 3, "global_layers": (1, 4), "local_rope_theta": 50.0}]
+"""Fields of the architecture: all layers alike, or the second and the last without a window."""
+
+
+def of_kinds(model, fields) -> tuple[ModelSpecification, dict]:
+    spec, params = model
+    return spec.model_copy(update={"architecture": spec.architecture.model_copy(update=fields)}), params
+
+
 def hidden_states(spec, params, tokens, segments) -> list[np.ndarray]:
     """The hidden states before the first layer and after each, of the model's own forward pass through them."""
     context, initial = context_of(spec, jnp.asarray(tokens), jnp.asarray(segments))
     first = embed(spec, params, jnp.asarray(tokens), jnp.dtype(jnp.float32))
     states = [first]
     for layers in range(1, LAYERS + 1):
-        part = spec.model_copy(update={"architecture": architecture(layers)})
+        part = spec.model_copy(update={"architecture": spec.architecture.with_layers(range(layers))})
         states.append(run_layers(part, params, first, context, initial, Dense())[0])
     return [np.asarray(state, np.float64) for state in states]
 
 
 @pytest.mark.slow
-def test_influence_is_the_mean_distance_in_angle(dense, rows):
-    spec, params = dense
+@pytest.mark.parametrize("kinds", KINDS, ids=["alike", "two kinds"])
+def test_influence_is_the_mean_distance_in_angle(dense, rows, kinds):
+    spec, params = of_kinds(dense, kinds)
     states = hidden_states(spec, params, *rows)
     there = rows[1] > 0
     expected = []
@@ -128,8 +138,9 @@ def test_most_influential():
 
 
 @pytest.mark.slow
-def test_a_model_without_layers_is_the_whole_one_whose_tokens_skip_them(dense, rows):
-    spec, params = dense
+@pytest.mark.parametrize("kinds", KINDS, ids=["alike", "two kinds"])
+def test_a_model_without_layers_is_the_whole_one_whose_tokens_skip_them(dense, rows, kinds):
+    spec, params = of_kinds(dense, kinds)
     keep = (0, 2, 4)
     smaller, kept = drop_layers(spec, params, keep)
     assert smaller.dropped_layers == (1, 3) and smaller.kept_share == pytest.approx(0.6)

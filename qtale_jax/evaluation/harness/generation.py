@@ -178,11 +178,10 @@ def _take(spec: ModelSpecification, tokenizer: Any, request: Request, found: Gen
 
 def _counted(spec: ModelSpecification, execute: np.ndarray) -> Counted:
     """Counts of the tokens of one request, (1, tokens, layers) bool; generation does not give logits of routers."""
-    window = spec.architecture.sliding_window
     width = execute.shape[1]
     # Padded to a length class, so that few shapes are compiled; what is padding executes nothing.
     padded = np.zeros((1, width_class(width), execute.shape[2]), bool)
     padded[:, :width] = execute
     present = np.arange(padded.shape[1])[None, :] < width
     logits = jnp.zeros((*padded.shape[:2], 0, 2), jnp.float32)
-    return jax.device_get(count(jnp.asarray(padded), logits, jnp.asarray(present), padded.shape[1], window))
+    return jax.device_get(count(jnp.asarray(padded), logits, jnp.asarray(present), padded.shape[1], spec.architecture))

@@ -7,12 +7,14 @@ from typing import Any
 from qtale_jax.errors import InputError, nearest
 from qtale_jax.models.huggingface.families import (
     FAMILIES,
+    FULL,
+    SLIDING,
     STALE,
-    described_window,
+    Family,
     family_of,
     named_family,
-    window_of,
 )
+from qtale_jax.models.huggingface.windows import described_windows, windows_of
 from qtale_jax.models.specification import Architecture, ModelSpecification, RopeScaling
 
 SIZES = {
@@ -63,7 +65,7 @@ def architecture_from(config: Config, where: str) -> Architecture:
     """
     family = named_family(config, where)
     config = {**family.defaults, **config}
-    _refuse_unsupported(config, where)
+    _refuse_unsupported(config, family, where)
     sizes: Config = {ours: _positive(config, theirs, where) for theirs, ours in SIZES.items()}
     heads, hidden = sizes["num_heads"], sizes["hidden_size"]
     if config.get("head_dim") is None and hidden % heads:
@@ -74,7 +76,7 @@ def architecture_from(config: Config, where: str) -> Architecture:
     kv_heads = _positive(config, "num_key_value_heads", where, heads)
     if heads % kv_heads:
         raise InputError(f"{where}: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
-    theta, scaling = _rope(config, where)
+    window, global_layers = windows_of(config, where)
     return Architecture(
         family=config["model_type"],
         **sizes,
@@ -82,29 +84,47 @@ def architecture_from(config: Config, where: str) -> Architecture:
         head_dim=head_dim,
         max_length=_positive(config, "max_position_embeddings", where, family.defaults["max_position_embeddings"]),
         norm_eps=_number(config, "rms_norm_eps", where, 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
+        **_numbers(config, family, where) | _rope(config, family, where),
         tied_head=bool(config.get("tie_word_embeddings", False)),
-        sliding_window=window_of(config, where),
+        sliding_window=window,
+        global_layers=global_layers,
         **family.fields,
     )
 
 
-def _refuse_unsupported(config: Config, where: str) -> None:
-    for key in ("attention_bias", "mlp_bias"):
+def _refuse_unsupported(config: Config, family: Family, where: str) -> None:
+    for key in family.refused:
         if config.get(key):
-            raise InputError(f"{where}: {key}={config[key]!r} is not supported; allowed: false")
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise InputError(f"{where}: hidden_act={config['hidden_act']!r} is not supported; supported: 'silu'")
+            allowed = "false" if config[key] is True else "null"
+            raise InputError(f"{where}: {key}={config[key]!r} is not supported; allowed: {allowed}")
+    key, names = family.activation
+    if config.get(key, names[0]) not in names:
+        raise InputError(f"{where}: {key}={config[key]!r} is not supported; supported: {names[0]!r}")
 
 
-def _rope(config: Config, where: str) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from `rope_scaling` + `rope_theta` or, as transformers 5 writes them, `rope_parameters`."""
+def _numbers(config: Config, family: Family, where: str) -> Config:
+    """Fields of the architecture that only some families have a key for; null is None."""
+    given = {ours: theirs for theirs, ours in family.numbers.items() if config.get(theirs) is not None}
+    return {ours: _number(config, theirs, where) for ours, theirs in given.items()}
+
+
+def _rope(config: Config, family: Family, where: str) -> Config:
+    """Base and scaling, from `rope_scaling` + `rope_theta` or, as transformers 5 writes them, `rope_parameters`.
+
+    Of families whose local layers have a base of their own, `rope_parameters` has an object for each type of layer.
+    """
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    parameters = config.get(key) or {}
-    if not isinstance(parameters, dict):
-        raise InputError(f"{where}: {key}={parameters!r} is not an object")
+    parameters = _object(config, key, where)
     where_key = f"{where}: {key}"
+    local: Config = {}
+    if "local_rope_theta" in family.numbers.values() and {FULL, SLIDING} & set(parameters):
+        own = _object(parameters, SLIDING, where_key)
+        if own.get("rope_type", "default") != "default":
+            kind = own["rope_type"]
+            raise InputError(f"{where_key}.{SLIDING}: rope_type={kind!r} is not supported; supported: 'default'")
+        if "rope_theta" in own:
+            local = {"local_rope_theta": _number(own, "rope_theta", f"{where_key}.{SLIDING}")}
+        where_key, parameters = f"{where_key}.{FULL}", _object(parameters, FULL, where_key)
     theta = _number(parameters, "rope_theta", where_key, _number(config, "rope_theta", where, 10000.0))
     for holder in (config, parameters):
         if holder.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
@@ -112,14 +132,22 @@ def _rope(config: Config, where: str) -> tuple[float, RopeScaling | None]:
             raise InputError(f"{where}: partial_rotary_factor={factor!r} is not supported; allowed: 1.0")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
-        return theta, None
+        return {"rope_theta": theta, **local}
     if kind != "llama3":
         hint = nearest(str(kind), ("default", "llama3"))
         raise InputError(f"{where_key}: rope_type={kind!r} is not supported; supported: 'default', 'llama3'{hint}")
     values = {ours: _number(parameters, theirs, where_key) for theirs, ours in LLAMA3_KEYS.items()}
     if values["high_freq_factor"] <= values["low_freq_factor"]:
         raise InputError(f"{where_key}: high_freq_factor must be greater than low_freq_factor, found {values}")
-    return theta, RopeScaling(**{**values, "original_length": int(values["original_length"])})
+    scaling = RopeScaling(**{**values, "original_length": int(values["original_length"])})
+    return {"rope_theta": theta, "rope_scaling": scaling, **local}
+
+
+def _object(config: Config, key: str, where: str) -> Config:
+    found = config.get(key) or {}
+    if not isinstance(found, dict):
+        raise InputError(f"{where}: {key}={found!r} is not an object")
+    return found
 
 
 def _positive(config: Config, key: str, where: str, default: int | None = None) -> int:
@@ -176,7 +204,7 @@ def config_for(
 
 def _described(architecture: Architecture) -> Config:
     """`Architecture` in the older spelling of RoPE, which every version of transformers reads."""
-    scaling = architecture.rope_scaling
+    family, scaling = FAMILIES[architecture.family], architecture.rope_scaling
     rope: Config = {"rope_theta": architecture.rope_theta}
     if scaling is not None:
         values = scaling.model_dump()
@@ -189,8 +217,20 @@ def _described(architecture: Architecture) -> Config:
         "max_position_embeddings": architecture.max_length,
         "rms_norm_eps": architecture.norm_eps,
         **rope,
-        "hidden_act": "silu",
+        **_described_numbers(architecture, family),
+        family.activation[0]: family.activation[1][0],
         "tie_word_embeddings": architecture.tied_head,
-        **described_window(architecture),
-        **FAMILIES[architecture.family].described,
+        **described_windows(architecture),
+        **family.described,
     }
+
+
+def _described_numbers(architecture: Architecture, family: Family) -> Config:
+    """The keys that only some families have; where they have no word for None, what None stands for."""
+    found = {theirs: getattr(architecture, ours) for theirs, ours in family.numbers.items()}
+    if "query_pre_attn_scalar" in found:
+        scalar = architecture.query_pre_attn_scalar or architecture.head_dim
+        found["query_pre_attn_scalar"] = int(scalar) if scalar == int(scalar) else scalar
+    if "rope_local_base_freq" in found and architecture.local_rope_theta is None:
+        found["rope_local_base_freq"] = architecture.rope_theta
+    return found

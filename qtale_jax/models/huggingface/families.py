@@ -16,20 +16,49 @@ class Family:
         opened_by: the class of transformers that opens its checkpoints.
         defaults: values of keys that config.json may leave out.
         fields: of `Architecture`, those that all models of the family have and that are not the default there.
+        numbers: keys of config.json, beside those of all families, and the fields of `Architecture` that they set;
+            null is None.
+        activation: key of config.json that names the activation of the MLP, and the names it may have.
+        refused: keys of config.json that have to be false, null or absent.
         described: keys of config.json that say what every model written here is.
-        window: how config.json says which layers have a sliding window: not at all, by the one key `sliding_window` for
-            all layers, or layer by layer (`window_of`).
+        window: which layers config.json gives a sliding window: none; all, if the key `sliding_window` is set; the last
+            ones (from `max_window_layers` on, if `use_sliding_window` is set); or all but every n-th. In the last two
+            ways `layer_types` may say so layer by layer.
     """
 
     name: str
     opened_by: str
     defaults: dict[str, Any]
     fields: dict[str, Any] = field(default_factory=dict)
+    numbers: dict[str, str] = field(default_factory=dict)
+    activation: tuple[str, tuple[str, ...]] = ("hidden_act", ("silu", "swish"))
+    refused: tuple[str, ...] = ("attention_bias", "mlp_bias")
     described: dict[str, Any] = field(default_factory=dict)
-    window: Literal["none", "key", "layers"] = "none"
+    window: Literal["none", "all", "last", "pattern"] = "none"
 
 
 QWEN_WINDOW = {"sliding_window": 4096, "max_window_layers": 28, "use_sliding_window": False}
+
+GEMMA: dict[str, Any] = {
+    "fields": {
+        "norm_offset": 1.0,
+        "post_norms": True,
+        "scaled_embedding": True,
+        "activation": "gelu_tanh",
+    },
+    "activation": ("hidden_activation", ("gelu_pytorch_tanh",)),
+    "described": {"attention_bias": False},
+    "window": "pattern",
+}
+"""What Gemma 2 and Gemma 3 have in common, beside `GEMMA_DEFAULTS`."""
+
+GEMMA_DEFAULTS = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
 
 FAMILIES = {
     "llama": Family(
@@ -42,14 +71,14 @@ FAMILIES = {
         "Mistral",
         "MistralForCausalLM",
         {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-        window="key",
+        window="all",
     ),
     "qwen2": Family(
         "Qwen2",
         "Qwen2ForCausalLM",
         {"num_key_value_heads": 32, "max_position_embeddings": 32768, **QWEN_WINDOW},
         fields={"biases": ("query", "key", "value")},
-        window="layers",
+        window="last",
     ),
     "qwen3": Family(
         "Qwen3",
@@ -57,18 +86,58 @@ FAMILIES = {
         {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768, **QWEN_WINDOW},
         fields={"query_key_norm": True},
         described={"attention_bias": False},
-        window="layers",
+        window="last",
+    ),
+    "gemma2": Family(
+        "Gemma 2",
+        "Gemma2ForCausalLM",
+        {
+            **GEMMA_DEFAULTS,
+            "max_position_embeddings": 8192,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "sliding_window_pattern": 2,
+        },
+        numbers={
+            "query_pre_attn_scalar": "query_pre_attn_scalar",
+            "attn_logit_softcapping": "attention_softcap",
+            "final_logit_softcapping": "logit_softcap",
+        },
+        refused=("attention_bias", "use_bidirectional_attention"),
+        **GEMMA,
+    ),
+    "gemma3_text": Family(
+        "Gemma 3",
+        "Gemma3ForCausalLM",
+        {
+            **GEMMA_DEFAULTS,
+            "max_position_embeddings": 131072,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "sliding_window_pattern": 6,
+        },
+        numbers={
+            "query_pre_attn_scalar": "query_pre_attn_scalar",
+            "final_logit_softcapping": "logit_softcap",
+            "rope_local_base_freq": "local_rope_theta",
+        },
+        # transformers reads a cap on attention from the config of a Gemma 3 and does not apply it.
+        refused=("attention_bias", "use_bidirectional_attention", "attn_logit_softcapping"),
+        **{**GEMMA, "fields": {**GEMMA["fields"], "query_key_norm": True}},
     ),
 }
 """By `model_type`, which is `Architecture.family`."""
 
-FIXED = ("biases", "query_key_norm")
+FIXED = ("biases", "query_key_norm", "norm_offset", "post_norms", "scaled_embedding", "activation")
 """Fields of `Architecture` that the family alone decides."""
+
+NUMBERS = ("attention_softcap", "logit_softcap", "local_rope_theta", "query_pre_attn_scalar")
+"""Fields of `Architecture` that only some families have a key for."""
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Entries of `layer_types`."""
 
-STALE = ("layer_types",)
+STALE = ("layer_types", "sliding_window_pattern", "_sliding_window_pattern")
 """Keys that do not hold for a model whose layers have changed."""
 
 
@@ -79,16 +148,18 @@ def family_of(architecture: Architecture) -> Family:
         InputError: it has parts that the family does not have, or lacks some.
     """
     family = FAMILIES[architecture.family]
-    for name in FIXED:
+    expected = {name: family.fields.get(name, Architecture.model_fields[name].default) for name in FIXED}
+    expected |= {name: None for name in NUMBERS if name not in family.numbers.values()}
+    if family.window == "none":
+        expected["sliding_window"] = None
+    if family.window in ("none", "all"):
+        expected["global_layers"] = ()
+    for name, value in expected.items():
         found = getattr(architecture, name)
-        expected = family.fields.get(name, Architecture.model_fields[name].default)
-        if found != expected:
+        if found != value:
             raise InputError(
-                f"a {family.name} checkpoint cannot hold a model with {name}={found!r}; allowed: {expected!r}"
+                f"a {family.name} checkpoint cannot hold a model with {name}={found!r}; allowed: {value!r}"
             )
-    window = architecture.sliding_window
-    if window is not None and family.window == "none":
-        raise InputError(f"a {family.name} checkpoint cannot hold a model with sliding_window={window}; allowed: None")
     return family
 
 
@@ -101,61 +172,9 @@ def named_family(config: dict[str, Any], where: str) -> Family:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         supported = ", ".join(map(repr, FAMILIES))
-        hint = nearest(str(kind), list(FAMILIES))
+        longer = [
+            name for name in FAMILIES if name.startswith(str(kind))
+        ]  # "gemma3" has images, "gemma3_text" has none
+        hint = nearest(str(kind), longer or list(FAMILIES))
         raise InputError(f"{where}: model_type={kind!r} is not supported; supported: {supported}{hint}")
     return FAMILIES[kind]
-
-
-def window_of(config: dict[str, Any], where: str) -> int | None:
-    """The sliding window of all layers, by a config.json with the defaults of its family.
-
-    Layer by layer it is `layer_types`, or all layers from `max_window_layers` on if `use_sliding_window` is set.
-
-    Args:
-        config: the parsed file.
-        where: its name, for messages.
-
-    Raises:
-        InputError: some layers have it and some do not, or a key is not what it should be.
-    """
-    way = named_family(config, where).window
-    unused = way == "none" or (way == "layers" and not config.get("use_sliding_window"))
-    window = None if unused else config.get("sliding_window")
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window <= 0):
-        raise InputError(f"{where}: sliding_window={window!r}; allowed: null or a positive integer")
-    types = config.get("layer_types") if way == "layers" else None
-    layers = config["num_hidden_layers"]
-    if types is None:
-        if window is None:
-            return None
-        first = config.get("max_window_layers") if way == "layers" else 0
-        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-            raise InputError(f"{where}: max_window_layers={first!r}; allowed: an integer from 0 on")
-        if 0 < first < layers:
-            raise InputError(
-                f"{where}: max_window_layers={first} gives a sliding window to some of {layers} layers, which is not "
-                f"supported; allowed: 0 (all) or {layers} (none)"
-            )
-        return window if first == 0 else None
-    if not isinstance(types, list) or len(types) != layers or len(set(map(str, types))) != 1:
-        raise InputError(
-            f"{where}: layer_types={str(types):.80} is not supported; supported: one type for all {layers} layers"
-        )
-    if types[0] not in (FULL, SLIDING) or (types[0] == SLIDING and window is None):
-        raise InputError(
-            f"{where}: layer_types of {types[0]!r} with sliding_window={window!r} are not supported; "
-            f"supported: {FULL!r}, or {SLIDING!r} with use_sliding_window=true and a sliding_window"
-        )
-    return window if types[0] == SLIDING else None
-
-
-def described_window(architecture: Architecture) -> dict[str, Any]:
-    """What config.json says about the sliding window of a model."""
-    way, window = FAMILIES[architecture.family].window, architecture.sliding_window
-    if way == "none":
-        return {}
-    if way == "key":
-        return {"sliding_window": window}
-    used = window is not None
-    first = 0 if used else architecture.num_layers
-    return {"use_sliding_window": used, "sliding_window": window, "max_window_layers": first}

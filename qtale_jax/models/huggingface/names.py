@@ -16,6 +16,14 @@ MODULES = {
 
 NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 
+NORMS_WITH_POST = {
+    "attention_norm": "input_layernorm",
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
+"""Where what attention and MLP give is normalised, too, one name means another norm."""
+
 HEAD_NORMS = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
 
 
@@ -69,7 +77,7 @@ def tensors(architecture: Architecture) -> list[Tensor]:
     found = [Tensor("model.embed_tokens.weight", table, "embedding/table")]
     for layer in range(architecture.num_layers):
         prefix = f"model.layers.{layer}"
-        for ours, theirs in NORMS.items():
+        for ours, theirs in (NORMS_WITH_POST if architecture.post_norms else NORMS).items():
             found.append(Tensor(f"{prefix}.{theirs}.weight", width, f"layers/{layer}/{ours}/scale"))
         if architecture.query_key_norm:
             for ours, theirs in HEAD_NORMS.items():

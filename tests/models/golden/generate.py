@@ -70,8 +70,32 @@ MODELS = {
         "head_dim": 16,
         "max_position_embeddings": 64,
     },
+    # Caps so low that they are felt, and a scale of the scores that is not that of the head.
+    "gemma2": {
+        "model_type": "gemma2",
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "query_pre_attn_scalar": 18,
+        "max_position_embeddings": 64,
+        "sliding_window": 7,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 10,
+        "max_position_embeddings": 64,
+        "sliding_window": 5,
+        "sliding_window_pattern": 3,
+        "rope_theta": 1000.0,
+        "rope_local_base_freq": 50.0,
+    },
 }
-STORED_AS = {"grouped": torch.float16, "tied": torch.bfloat16}
+STORED_AS = {"grouped": torch.float16, "tied": torch.bfloat16, "gemma3": torch.bfloat16}
 SHARDED = {"tied": "12KB"}
 LENGTHS = {"llama3_1": 96}
 
@@ -87,6 +111,8 @@ def random_model(name: str, seed: int) -> PreTrainedModel:
                 parameter.normal_()
             elif parameter.ndim == 1:
                 parameter.uniform_(0.5, 1.5)
+                if name.startswith("gemma"):  # its norms multiply by one plus this
+                    parameter -= 1
             else:
                 parameter.normal_(0.0, 1.5 / parameter.shape[1] ** 0.5)
     stored = STORED_AS.get(name, torch.float32)

@@ -47,7 +47,7 @@ def test_absent_keys_have_the_defaults_of_llama():
         ),
         (
             {"model_type": "gemma3"},
-            "supported: 'llama', 'mistral', 'qwen2', 'qwen3'",
+            r"supported: .*'gemma2', 'gemma3_text' \(did you mean 'gemma3_text'\?\)",
         ),
         ({"model_type": ...}, "model_type=None is not supported"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),

@@ -25,9 +25,9 @@ from qtale_jax.models.specification import (
 
 pytestmark = pytest.mark.slow
 
-NAMES = ("llama2", "llama3_1", "grouped", "tied", "qwen2", "mistral", "qwen3")
-STORED = {"grouped": "float16", "tied": "bfloat16"}
-TIED = ("tied", "qwen2")
+NAMES = ("llama2", "llama3_1", "grouped", "tied", "qwen2", "mistral", "qwen3", "gemma2", "gemma3")
+STORED = {"grouped": "float16", "tied": "bfloat16", "gemma3": "bfloat16"}
+TIED = ("tied", "qwen2", "gemma2", "gemma3")
 
 run = jax.jit(forward, static_argnames=("spec",))
 

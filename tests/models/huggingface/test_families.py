@@ -20,7 +20,7 @@ from qtale_jax.models.huggingface.families import FAMILIES, FULL, SLIDING
 from qtale_jax.models.policy import Dense
 from qtale_jax.models.specification import LINEARS, ModelSpecification, QuantizationSpecification, TensorFormat
 
-NAMES = ("qwen2", "mistral", "qwen3")
+NAMES = ("qwen2", "mistral", "qwen3", "gemma2", "gemma3")
 
 SIZES = {
     "vocab_size": 8,
@@ -45,7 +45,19 @@ def test_the_golden_models_have_what_their_family_adds(architectures):
     assert architectures["qwen2"].biases == ("query", "key", "value")
     assert architectures["mistral"].sliding_window == 7
     assert architectures["qwen3"].query_key_norm and architectures["qwen3"].head_dim == 16
-    assert all(architecture.family == name for name, architecture in architectures.items())
+    for name in ("gemma2", "gemma3"):
+        found = architectures[name]
+        assert (found.norm_offset, found.post_norms, found.scaled_embedding) == (1.0, True, True)
+        assert (found.activation, found.tied_head) == ("gelu_tanh", True)
+    assert [architectures["gemma2"].window(layer) for layer in range(3)] == [7, None, 7]
+    assert [architectures["gemma3"].window(layer) for layer in range(4)] == [5, 5, None, 5]
+    assert (architectures["gemma2"].attention_softcap, architectures["gemma2"].logit_softcap) == (2.0, 5.0)
+    assert (architectures["gemma3"].attention_softcap, architectures["gemma3"].logit_softcap) == (None, None)
+    assert (architectures["gemma3"].rope_theta, architectures["gemma3"].local_rope_theta) == (1000.0, 50.0)
+    scalars = {name: found.query_pre_attn_scalar for name, found in architectures.items()}
+    assert scalars == {"qwen2": None, "mistral": None, "qwen3": None, "gemma2": 18, "gemma3": 10}
+    families = {name: found.family for name, found in architectures.items()}
+    assert families == {name: name for name in NAMES} | {"gemma3": "gemma3_text"}
 
 
 @pytest.mark.slow
@@ -78,8 +90,16 @@ def test_absent_keys_have_the_defaults_of_transformers(family):
     assert found.max_length == theirs.max_position_embeddings
     assert found.norm_eps == theirs.rms_norm_eps
     assert found.head_dim == getattr(theirs, "head_dim", SIZES["hidden_size"] // SIZES["num_attention_heads"])
-    assert found.rope_theta == theirs.rope_parameters["rope_theta"]
+    rope = theirs.rope_parameters
+    assert found.rope_theta == rope.get(FULL, rope)["rope_theta"]
+    assert found.local_rope_theta == rope.get(SLIDING, {}).get("rope_theta")
     assert found.tied_head == theirs.tie_word_embeddings
+    for theirs_name, ours in FAMILIES[family].numbers.items():
+        if theirs_name != "rope_local_base_freq":
+            assert getattr(found, ours) == getattr(theirs, theirs_name)
+    if FAMILIES[family].window == "pattern":
+        assert [SLIDING if found.is_local(layer) else FULL for layer in range(3)] == theirs.layer_types
+        assert found.sliding_window == theirs.sliding_window
     heads = {"num_attention_heads": 64, "hidden_size": 128, "head_dim": 2}
     config = {"model_type": family, **{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}, **heads}
     theirs = transformers.AutoConfig.for_model(**config)
@@ -104,19 +124,28 @@ def test_a_written_config_is_read_by_both(family):
     [
         ("qwen2", {"attention_bias": True}, "attention_bias=True is not supported"),
         ("qwen3", {"attention_bias": True}, "attention_bias=True is not supported"),
-        ("qwen3", {"use_sliding_window": True, "max_window_layers": 1}, "a sliding window to some of 3 layers"),
         ("mistral", {"sliding_window": 0}, "sliding_window=0; allowed: null or a positive integer"),
         ("mistral", {"sliding_window": True}, "sliding_window=True; allowed: null or a positive integer"),
-        (
-            "qwen2",
-            {"use_sliding_window": True, "max_window_layers": 2},
-            r"max_window_layers=2 gives a sliding window to some of 3 layers.*; allowed: 0 \(all\) or 3 \(none\)",
-        ),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": -1}, "max_window_layers=-1; allowed: an integer"),
-        ("qwen2", {"use_sliding_window": True, "layer_types": [FULL, FULL, SLIDING]}, "one type for all 3 layers"),
-        ("qwen2", {"layer_types": [FULL]}, "supported: one type for all 3 layers"),
+        ("qwen2", {"layer_types": [FULL]}, "for each of 3 layers"),
         ("qwen2", {"layer_types": [SLIDING] * 3}, "'sliding_attention' with sliding_window=None are not supported"),
-        ("qwen2", {"layer_types": ["linear_attention"] * 3}, "layer_types of 'linear_attention'"),
+        ("qwen2", {"layer_types": ["linear_attention"] * 3}, "layer_types=.*linear_attention.* is not supported"),
+        ("gemma2", {"attention_bias": True}, "attention_bias=True is not supported; allowed: false"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
+        ("gemma2", {"hidden_activation": "silu"}, "supported: .gelu_pytorch_tanh."),
+        ("gemma2", {"final_logit_softcapping": -1}, "final_logit_softcapping=-1; allowed: a positive number"),
+        ("gemma2", {"sliding_window_pattern": 0}, "sliding_window_pattern=0; allowed: an integer from 1 on"),
+        (
+            "gemma3_text",
+            {"attn_logit_softcapping": 50.0},
+            "attn_logit_softcapping=50.0 is not supported; allowed: null",
+        ),
+        (
+            "gemma3_text",
+            {"rope_parameters": {SLIDING: {"rope_type": "linear", "factor": 8.0}}},
+            "rope_parameters.sliding_attention: rope_type=.linear. is not supported",
+        ),
+        ("gemma3_text", {"rope_parameters": {FULL: [1]}}, r"rope_parameters: full_attention=\[1\] is not an object"),
     ],
 )
 def test_unsupported_configs_are_refused(family, changes, message):
@@ -124,34 +153,45 @@ def test_unsupported_configs_are_refused(family, changes, message):
         architecture_from({"model_type": family, **SIZES, **changes}, "config.json")
 
 
+QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 5}
+
+
 @pytest.mark.parametrize(
-    ("family", "changes", "window"),
+    ("family", "changes", "windows"),
     [
-        ("llama", {"sliding_window": 5}, None),
-        ("mistral", {}, 4096),
-        ("mistral", {"sliding_window": 5}, 5),
-        ("mistral", {"sliding_window": None}, None),
-        ("qwen2", {"sliding_window": 5}, None),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 5}, None),  # only from layer 28 on
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}, None),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}, 5),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "layer_types": [SLIDING] * 3}, 5),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "layer_types": [FULL] * 3}, None),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, None),
-        ("qwen3", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}, 5),
+        ("llama", {"sliding_window": 5}, [None, None, None]),
+        ("mistral", {}, [4096, 4096, 4096]),
+        ("mistral", {"sliding_window": 5}, [5, 5, 5]),
+        ("mistral", {"sliding_window": None}, [None, None, None]),
+        ("qwen2", {"sliding_window": 5}, [None, None, None]),
+        ("qwen2", QWEN_WINDOW, [None, None, None]),  # only from layer 28 on
+        ("qwen2", {**QWEN_WINDOW, "max_window_layers": 3}, [None, None, None]),
+        ("qwen2", {**QWEN_WINDOW, "max_window_layers": 2}, [None, None, 5]),
+        ("qwen2", {**QWEN_WINDOW, "max_window_layers": 0}, [5, 5, 5]),
+        ("qwen2", {**QWEN_WINDOW, "layer_types": [SLIDING] * 3}, [5, 5, 5]),
+        ("qwen2", {**QWEN_WINDOW, "layer_types": [FULL] * 3}, [None, None, None]),
+        ("qwen3", {**QWEN_WINDOW, "layer_types": [SLIDING, FULL, SLIDING]}, [5, None, 5]),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, [None, None, None]),
+        ("qwen3", {**QWEN_WINDOW, "max_window_layers": 0}, [5, 5, 5]),
+        ("gemma2", {"sliding_window": 5}, [5, None, 5]),
+        ("gemma2", {"layer_types": [FULL, SLIDING, FULL]}, [None, 4096, None]),
+        ("gemma2", {"layer_types": [FULL] * 3}, [None, None, None]),
+        ("gemma3_text", {"sliding_window": 5}, [5, 5, 5]),
+        ("gemma3_text", {"sliding_window": 5, "sliding_window_pattern": 2}, [5, None, 5]),
+        ("gemma3_text", {"sliding_window": 5, "sliding_window_pattern": 1}, [None, None, None]),
     ],
 )
-def test_windows_are_read_and_written(family, changes, window):
+def test_windows_are_read_and_written(family, changes, windows):
     import transformers
 
     found = architecture_from({"model_type": family, **SIZES, **changes}, "config.json")
-    assert found.sliding_window == window
+    assert [found.window(layer) for layer in range(3)] == windows
     config = config_for(ModelSpecification(architecture=found), None, "float32", {})
     assert architecture_from(config, "config.json") == found
-    if family.startswith("qwen"):
+    if family not in ("llama", "mistral"):
         theirs = transformers.AutoConfig.for_model(**config)
-        assert theirs.layer_types == [FULL if window is None else SLIDING] * 3
-        assert theirs.sliding_window == window
+        assert theirs.layer_types == [FULL if window is None else SLIDING for window in windows]
+        assert theirs.sliding_window == found.sliding_window
 
 
 def test_parts_that_a_family_does_not_have_are_not_written(architectures):
@@ -164,11 +204,25 @@ def test_parts_that_a_family_does_not_have_are_not_written(architectures):
     changed = architectures["qwen2"].model_copy(update={"biases": ()})
     with pytest.raises(InputError, match="a Qwen2 checkpoint cannot hold a model with biases="):
         config_for(ModelSpecification(architecture=changed), None, "float32", {})
+    for name, changes, message in (
+        ("gemma2", {"family": "gemma3_text"}, "a Gemma 3 checkpoint cannot hold a model with query_key_norm=False"),
+        ("gemma2", {"local_rope_theta": 9.0}, "a Gemma 2 checkpoint cannot hold a model with local_rope_theta=9.0"),
+        ("gemma2", {"norm_offset": 0.0}, "with norm_offset=0.0; allowed: 1.0"),
+        ("mistral", {"global_layers": (1,)}, "with global_layers=\\(1,\\); allowed: \\(\\)"),
+        (
+            "qwen3",
+            {"logit_softcap": 30.0},
+            "a Qwen3 checkpoint cannot hold a model with logit_softcap=30.0; allowed: None",
+        ),
+    ):
+        changed = architectures[name].model_copy(update=changes)
+        with pytest.raises(InputError, match=message):
+            config_for(ModelSpecification(architecture=changed), None, "float32", {})
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_without_a_past_and_fewer_layers(architectures, filled, raw, golden, tmp_path, name):
-    spec = ModelSpecification(architecture=architectures[name].model_copy(update={"num_layers": 1}))
+    spec = ModelSpecification(architecture=architectures[name].with_layers((0,)))
     original = {"huggingface": {"config": json.loads((golden / name / "config.json").read_text())}}
     for label, provenance in (("new", {}), ("dropped", original)):
         artifact.save_model(tmp_path / label, spec, filled(spec), provenance=provenance)
@@ -180,7 +234,7 @@ def test_a_model_without_a_past_and_fewer_layers(architectures, filled, raw, gol
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ("qwen2", "qwen3"))
+@pytest.mark.parametrize("name", ("qwen2", "qwen3", "gemma2"))
 @pytest.mark.parametrize("quantized", [None, "awq"])
 def test_quantized_models_keep_what_their_family_adds(architectures, filled, raw, tmp_path, name, quantized):
     architecture = architectures[name]
@@ -191,9 +245,13 @@ def test_quantized_models_keep_what_their_family_adds(architectures, filled, raw
     params = filled(spec)
     artifact.save_model(tmp_path / "model", spec, params)
     to_huggingface(tmp_path / "model", tmp_path / "hf", quantized=quantized)
-    added = {"qwen2": "k_proj.bias", "qwen3": "k_norm.weight"}[name]
-    stored = raw(tmp_path / "hf")[f"model.layers.1.self_attn.{added}"]
-    assert stored[:2] == ("F16" if quantized else "F32", (16,))
+    added, size = {
+        "qwen2": ("self_attn.k_proj.bias", 16),
+        "qwen3": ("self_attn.k_norm.weight", 16),
+        "gemma2": ("post_feedforward_layernorm.weight", 32),
+    }[name]
+    stored = raw(tmp_path / "hf")[f"model.layers.1.{added}"]
+    assert stored[:2] == ("F16" if quantized else "F32", (size,))
     again = read_huggingface(tmp_path / "hf")
     assert (again.spec.quantization is None) == (quantized is None)
     read = nest({path: jnp.asarray(leaf.read()) for path, leaf in flatten(again.params).items()})
