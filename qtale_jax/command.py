@@ -102,8 +102,6 @@ def parse(
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Calls `main` and exits with its result, 2 and one line on stderr for an `InputError`, 130 if interrupted."""
-    # transformers would remark on every start that torch, which nothing here needs, is not installed.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         code = main() or 0
         sys.stdout.flush()
