@@ -6,17 +6,17 @@ Executed copies go to TARGET. The exit code is 1 if a cell failed or wrote to st
 """
 
 import asyncio
+import contextlib
 import sys
+import tempfile
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from traitlets.config import Config
-
-SOCKETS = Config({"KernelManager": {"transport": "ipc"}})
-"""Files that only this user can open, where TCP could be listened to by everyone on the machine."""
 
 TIMEOUT = 600
 """Seconds that a cell may take."""
@@ -31,12 +31,18 @@ def remarks(notebook: nbformat.NotebookNode) -> list[str]:
     return [output.text.strip() for output in outputs if output.get("name") == "stderr"]
 
 
+@contextlib.asynccontextmanager
+async def sockets() -> AsyncIterator[Config]:
+    """Kernels talk through files that only this user can open; over TCP everyone on the machine could listen."""
+    with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
+        yield Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/socket"}})
+
+
 async def execute(path: Path, target: Path, turn: asyncio.Semaphore) -> list[str]:
     """Executes one notebook, writes the copy also where a cell failed, and returns what went wrong."""
-    notebook = nbformat.read(path, as_version=4)
-    folder = {"metadata": {"path": str(path.parent)}}
-    client = NotebookClient(notebook, timeout=TIMEOUT, kernel_name="python3", resources=folder, config=SOCKETS)
-    async with turn:
+    notebook, folder = nbformat.read(path, as_version=4), {"metadata": {"path": str(path.parent)}}
+    async with turn, sockets() as config:
+        client = NotebookClient(notebook, timeout=TIMEOUT, kernel_name="python3", resources=folder, config=config)
         started, problems = time.monotonic(), []
         try:
             await client.async_execute()
