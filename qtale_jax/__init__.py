@@ -5,7 +5,11 @@ model = qtale_jax.load("runs/quickstart/qtale-seed0/rtn-3bit-sym-ratio0.6")
 model.generate(["..."], max_new_tokens=20)
 """
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# transformers would remark on every import that torch, which nothing here needs, is not installed.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __version__ = "0.1.0"
 __all__ = ["Generation", "Model", "Results", "Score", "TextRouting", "__version__", "load", "results"]

@@ -11,10 +11,12 @@ Nothing here imports JAX, so that `--help` and a refused configuration answer at
 """
 
 import argparse
+import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import yaml
@@ -100,12 +102,24 @@ def parse(
     return config
 
 
+@contextmanager
+def _plain_messages() -> Iterator[None]:
+    """The library's own log messages go to stderr as they are, whatever handlers other libraries have installed."""
+    logger, handler = logging.getLogger("qtale_jax"), logging.StreamHandler(sys.stderr)
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.propagate = True
+        logger.removeHandler(handler)
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Calls `main` and exits with its result, 2 and one line on stderr for an `InputError`, 130 if interrupted."""
-    # transformers would remark on every start that torch, which nothing here needs, is not installed.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        code = main() or 0
+        with _plain_messages():
+            code = main() or 0
         sys.stdout.flush()
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

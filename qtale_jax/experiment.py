@@ -11,12 +11,15 @@ from qtale_jax.config.schema import Config
 def dry_run(config: Config) -> None:
     """Prints the jobs with the stages that each would run, and checks the first training that can start."""
     from qtale_jax.experiments.grid import plan
+    from qtale_jax.experiments.preflight import check
     from qtale_jax.experiments.schedule import is_done
     from qtale_jax.reporting.dry_run import print_dry_run
     from qtale_jax.training import plan as training
 
     jobs = plan(config)
     facts, waiting = {}, [step for job in jobs for step in job.steps if not is_done(step)]
+    if config.model.path is not None:
+        check(waiting, config.model.path)
     for job in jobs:
         left = Counter(step.stage for step in job.steps if step in waiting)
         facts[job.name] = ", ".join(f"{count} × {stage}" for stage, count in left.items()) or "done before"
@@ -40,9 +43,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse("experiment", STAGES["experiment"], argv, dry_run)
     from qtale_jax import report
     from qtale_jax.experiments.grid import plan
-    from qtale_jax.experiments.schedule import execute
+    from qtale_jax.experiments.preflight import check
+    from qtale_jax.experiments.schedule import execute, is_done
 
-    execute(plan(config), config)
+    jobs = plan(config)
+    if config.model.path is not None:  # a base that is still to be trained is checked with the configuration
+        check([step for job in jobs for step in job.steps if not is_done(step)], config.model.path)
+    execute(jobs, config)
     report.run_stage(config)
 
 

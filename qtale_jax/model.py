@@ -268,9 +268,13 @@ class Model:
     def routing(self, text: str) -> TextRouting:
         """Shows what each token of `text` executes."""
         ids = encode(self._tokenizer(), [text])[0]
-        routing: Routing = self.forward(jnp.asarray([ids], jnp.int32)).routing
+        # Padded to a length class, so that texts of many lengths share a few programs; padding changes no decision.
+        tokens = np.zeros((1, padded_length(len(ids))), np.int32)
+        tokens[0, : len(ids)] = ids
+        routing: Routing = self.forward(tokens, lengths=[len(ids)]).routing
         words = self.tokenizer.convert_ids_to_tokens(ids)
-        return TextRouting(words, np.asarray(routing.execute[0]), np.asarray(routing.probability[0]))
+        execute, probability = (np.asarray(each[0, : len(ids)]) for each in (routing.execute, routing.probability))
+        return TextRouting(words, execute, probability)
 
     def with_threshold(self, theta: float | Sequence[float]) -> "Model":
         """The same model with one theta for all routed layers, or one per routed layer.

@@ -8,6 +8,18 @@ from qtale_jax.command import STAGES, parse, run
 from qtale_jax.config.schema import Config
 
 
+def run_stage(config: Config, *, quiet: bool = False) -> Path:
+    """Trains, or goes on with a run that was interrupted; returns the new model directory, OUTPUT/trained.
+
+    Raises:
+        InputError: bad input, another run's output, or a loss that is not finite.
+        training.loop.Interrupted: SIGTERM; the state has been saved.
+    """
+    from qtale_jax.training.loop import train
+
+    return train(config, quiet=quiet)
+
+
 def dry_run(config: Config) -> None:
     """Prints model, data, sizes and steps of the run."""
     from qtale_jax.reporting.dry_run import print_dry_run
@@ -19,10 +31,10 @@ def dry_run(config: Config) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains as configured; the same command continues a run that was interrupted."""
     config = parse("train", STAGES["train"], argv, dry_run)
-    from qtale_jax.training.loop import Interrupted, train
+    from qtale_jax.training.loop import Interrupted
 
     try:
-        path = train(config)
+        path = run_stage(config)
     except Interrupted as interruption:
         print(interruption, file=sys.stderr)
         return

@@ -1,7 +1,6 @@
 """Tokenizer files beside a model, in Hugging Face's format; nothing is ever looked up on a network."""
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +21,6 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase | None":
     """
     if not any((Path(path) / name).is_file() for name in FILES):
         return None
-    # transformers otherwise advises on every import to install torch, which is not needed here.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # takes seconds to import: only where a tokenizer is needed
 
     try:

@@ -30,7 +30,8 @@ def calibration_records(config: Config) -> list[Record]:
     records = read(config.data, "calibration")
     if not is_continuous(records) and len(records) < config.calibrate.examples:
         raise InputError(
-            f"calibrate.examples={config.calibrate.examples}, but the calibration split has only {len(records)} rows"
+            f"calibrate.examples={config.calibrate.examples}, but the calibration split has only {len(records)} rows; "
+            "raise data.held_out or lower it"
         )
     return records[: config.calibrate.examples]
 

@@ -514,7 +514,11 @@ class ExperimentConfig(Section):
     """A grid of stages: base, fine-tunes, quantizers, seeds."""
 
     seeds: Many[Seed] = Field(default=(0,), description="one fine-tune per seed")
-    workers: Positive = Field(default=1, description="processes side by side; each gets an equal share of the cores")
+    workers: int = Field(
+        default=1,
+        ge=0,
+        description="processes side by side, each with an equal share of the cores; 0: all stages in this process",
+    )
     base: dict | None = Field(
         default=None, description="overrides for training the base from nothing; none: model.path is the base"
     )

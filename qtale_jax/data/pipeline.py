@@ -27,6 +27,11 @@ class Pipeline:
     def __init__(self, rows: Rows, iterator: Any, part: slice):
         self._rows, self._iterator, self._part = rows, iterator, part
 
+    @property
+    def size(self) -> int:
+        """Rows of the split, those of all processes together."""
+        return len(self._rows["tokens"])
+
     def __iter__(self) -> Self:
         return self
 
@@ -107,8 +112,3 @@ def from_rows(rows: Rows, split: str, batch_size: int, process_index: int, proce
     share = batch_size // process_count
     iterator = iter(batched.to_iter_dataset(grain.ReadOptions(num_threads=0)))
     return Pipeline(rows, iterator, slice(process_index * share, (process_index + 1) * share))
-
-
-def steps_per_epoch(config: Config, tokenizer: Any) -> int:
-    """Optimizer steps that pass once over the training split."""
-    return max(1, len(load_rows(config, tokenizer, "train")["tokens"]) // config.train.batch_size)

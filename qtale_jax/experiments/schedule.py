@@ -104,12 +104,36 @@ class Running:
         return lines[-1][-100:] if lines else "starting"
 
 
+def execute_here(jobs: list[Job]) -> None:
+    """Runs all jobs that are not done one after the other in this process, which imports and compiles once.
+
+    Raises:
+        InputError: a job failed; names it. What is done stays done.
+        SystemExit: SIGTERM during training; the state has been saved.
+    """
+    from qtale_jax.training.loop import Interrupted
+
+    for job in jobs:
+        for step in job.steps:
+            if is_done(step):
+                continue
+            try:
+                run_step(step)
+            except InputError as error:
+                raise InputError(f"{job.name} failed: {error}") from error
+            except Interrupted as interruption:
+                print(interruption, file=sys.stderr)
+                raise SystemExit(128 + signal.SIGTERM) from interruption
+
+
 def execute(jobs: list[Job], config: Config) -> None:
-    """Runs all jobs that are not done, at most `experiment.workers` at a time.
+    """Runs all jobs that are not done, at most `experiment.workers` at a time, or all in this process.
 
     Raises:
         InputError: a job failed; names it, its last line and its log. What is done stays done.
     """
+    if config.experiment.workers == 0:
+        return execute_here(jobs)
     root = Path(config.output)
     done = {job.name for job in jobs if all(is_done(step) for step in job.steps)}
     waiting = [job for job in jobs if job.name not in done]

@@ -52,7 +52,7 @@ def calibration_rows(config: Config, spec: ModelSpecification, tokenizer: Any) -
     if len(found) < asked:
         raise InputError(
             f"quantize.statistics.examples={asked}, but the calibration split has only {len(found)} examples of at "
-            f"most data.length={config.data.length} tokens"
+            f"most data.length={config.data.length} tokens; raise data.held_out or lower it"
         )
     rows = build_rows(found[:asked], config.data.length, config.data.packing)
     used = int(rows["segment_ids"].any(axis=0).sum())  # columns that are padding in every row tell nothing

@@ -13,7 +13,7 @@ import numpy as np
 from qtale_jax.artifact import lineage, save_model
 from qtale_jax.config import resolve
 from qtale_jax.config.schema import Config
-from qtale_jax.data.pipeline import build_pipeline, from_rows, load_rows, steps_per_epoch
+from qtale_jax.data.pipeline import build_pipeline, from_rows, load_rows
 from qtale_jax.errors import InputError
 from qtale_jax.models.cost import peak_flops, training_flops_per_token
 from qtale_jax.models.forward import forward
@@ -100,9 +100,10 @@ def pipeline_for(config: Config, start: Start, split: str):
     )
 
 
-def total_steps(config: Config, start: Start) -> int:
-    """Optimizer steps of the whole run, from `train.steps` or from epochs."""
-    return config.train.steps or max(1, math.ceil(config.train.epochs * steps_per_epoch(config, start.tokenizer)))
+def total_steps(config: Config, rows: int) -> int:
+    """Optimizer steps of the whole run, from `train.steps` or from epochs over `rows` training rows."""
+    per_epoch = max(1, rows // config.train.batch_size)
+    return config.train.steps or max(1, math.ceil(config.train.epochs * per_epoch))
 
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
@@ -131,8 +132,8 @@ def train(config: Config, *, quiet: bool = False) -> Path:
     peak_flops()  # measured once, on one device, before the mesh claims them all
     with jax.set_mesh(mesh):
         start = prepare(config, mesh, jax.random.fold_in(key, 1))
-        steps = total_steps(config, start)
         pipeline = pipeline_for(config, start, "train")
+        steps = total_steps(config, pipeline.size)
         claim(output, config)
         if (output / "trained").exists():
             return output / "trained"

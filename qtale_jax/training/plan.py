@@ -23,7 +23,7 @@ from qtale_jax.parallel.mesh import build_mesh
 from qtale_jax.reporting.dry_run import bytes_text
 from qtale_jax.training.dropping import drop_layers, even_layers, number_to_keep
 from qtale_jax.training.identity import check_claim
-from qtale_jax.training.loop import check
+from qtale_jax.training.loop import check, total_steps
 from qtale_jax.training.optimizer import is_trainable
 from qtale_jax.training.start import architecture_from, check_quantized, extended
 
@@ -60,14 +60,13 @@ def plan(config: Config) -> TrainingPlan:
     output = Path(config.output)
     check_claim(output, config)
     trains = {name: math.prod(leaf.shape) for name, leaf in flat.items() if is_trainable(name, config.train.parameters)}
-    epoch = max(1, len(rows["train"]["tokens"]) // config.train.batch_size)
     return TrainingPlan(
         spec=spec,
         parameters=sum(math.prod(leaf.shape) for leaf in flat.values()),
         trainable=sum(trains.values()),
         model_bytes=weight_bytes(params)["total"],
         rows=rows,
-        steps=config.train.steps or max(1, math.ceil(config.train.epochs * epoch)),
+        steps=total_steps(config, len(rows["train"]["tokens"])),
         done=_last_checkpoint(output / "checkpoints"),
         finished=(output / "trained").exists(),
         mesh=dict(mesh.shape),

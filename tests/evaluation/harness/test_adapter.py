@@ -8,6 +8,7 @@ from lm_eval.api.instance import Instance
 from qtale_jax.artifact import LoadedModel
 from qtale_jax.data import reasoning
 from qtale_jax.errors import InputError
+from qtale_jax.evaluation import likelihood
 from qtale_jax.evaluation.harness.adapter import HarnessModel
 from qtale_jax.evaluation.harness.generation import first_stop, tokens_until, width_class
 from qtale_jax.evaluation.likelihood import Row, likelihoods
@@ -54,7 +55,7 @@ def pairs() -> list[tuple[str, str]]:
 
 
 @pytest.mark.slow
-def test_order_padding_and_batch_size_change_no_score(small, pairs):
+def test_order_and_batch_size_change_no_score(small, pairs):
     asked = [instance("loglikelihood", *pair) for pair in pairs]
     expected = HarnessModel(small, batch_size=4).loglikelihood(asked)
     assert len({round(value, 3) for value, _ in expected}) == len(pairs)
@@ -63,6 +64,19 @@ def test_order_padding_and_batch_size_change_no_score(small, pairs):
         found = HarnessModel(small, batch_size=batch_size).loglikelihood([asked[i] for i in order])
         np.testing.assert_allclose([v for v, _ in found], [expected[i][0] for i in order], atol=1e-5, rtol=0)
         assert [greedy for _, greedy in found] == [expected[i][1] for i in order]
+
+
+@pytest.mark.slow
+def test_more_padding_changes_no_score(small, pairs, monkeypatch):
+    asked = [instance("loglikelihood", *pair) for pair in pairs]
+    expected = HarnessModel(small, batch_size=4).loglikelihood(asked)
+    widest = small.spec.architecture.max_length + 1
+    shapes = []
+    monkeypatch.setattr(likelihood, "padded_length", lambda length: shapes.append(length) or widest)
+    found = HarnessModel(small, batch_size=4).loglikelihood(asked)
+    np.testing.assert_allclose([v for v, _ in found], [v for v, _ in expected], atol=1e-5, rtol=0)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert len(shapes) == len(pairs) and min(shapes) <= 16 < widest  # these were padded to 16 before
 
 
 def test_what_does_not_fit_loses_its_beginning_and_is_counted(small, pairs):
@@ -109,6 +123,15 @@ def test_rolling_windows_predict_every_token_once(small):
     policy = inference_policy(small.spec)
     expected = likelihoods(small.spec, small.params, rows, policy, context=49).log_likelihood
     assert len(rows) == 3 and value == pytest.approx(expected.sum(), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_order_and_batch_size_change_no_rolling_score(small):
+    draw = np.random.default_rng(6)
+    asked = [instance("loglikelihood_rolling", text(draw, count)) for count in (110, 3, 60)]
+    expected = HarnessModel(small, batch_size=2).loglikelihood_rolling(asked)
+    found = HarnessModel(small, batch_size=4).loglikelihood_rolling(asked[::-1])
+    np.testing.assert_allclose(found[::-1], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow

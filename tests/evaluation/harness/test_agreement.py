@@ -1,10 +1,13 @@
 """Against the harness's own Hugging Face backend on the same weights (golden/generate.py)."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
 
 from qtale_jax.evaluation.harness.adapter import HarnessModel
+from qtale_jax.evaluation.harness.generation import ROUND, Request, continue_requests
+from qtale_jax.inference.policies import inference_policy
 
 pytestmark = pytest.mark.slow
 
@@ -36,3 +39,17 @@ def test_continuations_agree_and_end_before_the_stop_string(model, expected):
         assert not any(stop in text for stop in stops)
         spanning += min(len(model.tok_encode(stop, add_special_tokens=False)) for stop in stops) > 1
     assert spanning >= 4
+
+
+def test_a_stop_string_may_begin_in_one_round_and_end_in_the_next(model, stories, expected):
+    prompt, _, whole = next(entry for entry in expected["generation"] if entry[1] == ["never said"])
+    request = Request(model.tok_encode(prompt), (), 70)
+    settings = {"batch_size": 8, "compute_dtype": jnp.dtype(jnp.float32)}
+    policy = inference_policy(stories.spec)
+    continue_requests(stories.spec, stories.params, stories.tokenizer, [request], policy, **settings)
+    assert request.text == whole and len(request.new) == 70
+    # From the last character of the first round's last token but one to within the second round's second token.
+    before, within = (len(model.tokenizer.decode(request.new[:count])) for count in (ROUND - 1, ROUND + 2))
+    stop = whole[before - 1 : within - 1]
+    assert whole.find(stop) == before - 1
+    assert ask(model, "generate_until", [(prompt, {"until": [stop], "max_gen_toks": 70})]) == [whole[: before - 1]]

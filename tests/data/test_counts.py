@@ -1,0 +1,85 @@
+"""Rows read, truncated and dropped of the real train files, against a count that shares nothing with the library."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from qtale_jax.config import load_config
+from qtale_jax.data.tokens import examples
+from qtale_jax.models.huggingface import from_huggingface, load_huggingface
+
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "stories260k_csqa.yaml"
+FILES = {"ARC-Easy_train.json": 2251, "ARC-Challenge_train.json": 1119, "openbookqa_train.json": 4957}
+TEMPLATE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n### Response:\n"
+)
+
+
+@pytest.fixture(scope="module")
+def stories(shared_data) -> Path:
+    return shared_data / "stories260k"
+
+
+@pytest.fixture(scope="module")
+def lengths(shared_data, stories) -> dict[str, list[tuple[int, int]]]:
+    """Tokens of prompt and of prompt with response, start token included, of every row of every file."""
+    tokenizer = Tokenizer.from_file(str(stories / "tokenizer.json"))
+    found = {}
+    for name, count in FILES.items():
+        rows = json.loads((shared_data / "csqa" / name).read_text(encoding="utf-8"))
+        assert len(rows) == count and not any(row["input"] for row in rows)
+        prompts = [TEMPLATE.format(row["instruction"]) for row in rows]
+        texts = [prompt + row["output"] for prompt, row in zip(prompts, rows, strict=True)]
+        asked = [prompt.rstrip() for prompt in prompts]  # the line break belongs to the response
+        # The model's end token is its start token, and is not put behind an example.
+        sizes = ([1 + len(e.ids) for e in tokenizer.encode_batch(t, add_special_tokens=False)] for t in (asked, texts))
+        found[name] = list(zip(*sizes, strict=True))
+    return found
+
+
+def split(rows: list, share: float) -> dict[str, list]:
+    """The tail is held out, half for validation; as much before it is for calibration."""
+    held = round(len(rows) * share)
+    ends = [len(rows) - 2 * held, len(rows) - held, len(rows) - held + (held + 1) // 2, len(rows)]
+    starts = [0, *ends[:-1]]
+    names = ("train", "calibration", "validation", "test")
+    return {name: rows[start:end] for name, start, end in zip(names, starts, ends, strict=True)}
+
+
+@pytest.mark.slow
+def test_the_shipped_configuration_prints_what_it_reads_and_drops(shared_data, stories, lengths, run_module, tmp_path):
+    from_huggingface(stories, tmp_path / "base")
+    paths = [str(shared_data / "csqa" / name) for name in FILES]
+    overrides = (f"model.path={tmp_path / 'base'}", f"data.paths={json.dumps(paths)}", "output=run")
+    done = run_module("qtale_jax.train", CONFIG, *overrides, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    config = load_config(CONFIG)
+    for name in ("train", "validation"):
+        sizes = [whole for rows in lengths.values() for _, whole in split(rows, config.data.held_out)[name]]
+        long = sum(size > config.data.length for size in sizes)
+        expected = f"{name}: {len(sizes)} examples read, 0 truncated to data.length={config.data.length}, "
+        assert f"{expected}{long} dropped; {len(sizes) - long} rows\n" in done.stderr
+        assert re.search(rf"^  rows .*\b{len(sizes) - long:,} for {name}\b", done.stdout, flags=re.MULTILINE)
+        assert long > 0 or name == "validation"
+    assert "  tokens " in done.stdout and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [200, 320])
+def test_cut_examples_keep_a_token_to_learn(shared_data, stories, lengths, length):
+    name = "ARC-Challenge_train.json"
+    data = {"kind": "instruction", "path": str(shared_data / "csqa" / name), "paths": [], "length": length}
+    config = load_config(CONFIG)
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update=data | {"paths": (), "truncation": "right"})}
+    )
+    found, counts = examples(config, load_huggingface(stories).tokenizer, "train")
+    sizes = split(lengths[name], config.data.held_out)["train"]
+    dropped = sum(prompt >= length for prompt, whole in sizes if whole > length)
+    truncated = sum(prompt < length < whole for prompt, whole in sizes)
+    assert counts == (len(sizes), truncated, dropped) and truncated > 0 and dropped > 0
+    assert [len(each.ids) for each in found] == [min(w, length) for p, w in sizes if w <= length or p < length]
