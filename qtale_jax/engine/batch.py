@@ -181,14 +181,8 @@ def entry(
     temperature: float = 0.0,
     top_p: float = 1.0,
 ) -> Entry:
-    """An `Entry` of plain numbers."""
-    return Entry(
-        position=np.int32(position),
-        count=np.int32(count),
-        limit=np.int32(limit),
-        stop=np.int32(stop),
-        seed=np.uint32(seed),
-        temperature=np.float32(temperature),
-        top_p=np.float32(top_p),
-        threshold=threshold,
-    )
+    """An `Entry` of plain numbers, on the device."""
+    numbers = {"position": position, "count": count, "limit": limit, "stop": stop}
+    fields: dict[str, np.ndarray] = {name: np.asarray(value, np.int32) for name, value in numbers.items()}
+    fields |= {"temperature": np.asarray(temperature, np.float32), "top_p": np.asarray(top_p, np.float32)}
+    return Entry(**jax.device_put(fields | {"seed": np.asarray(seed, np.uint32), "threshold": threshold}))

@@ -138,15 +138,29 @@ class Engine:
             request.cancelled = True
             self._changed.notify_all()
 
+    def cancel_all(self) -> None:
+        """Has all requests end at the next step."""
+        with self._changed:
+            for request in self._schedule.requests:
+                request.cancelled = True
+            self._changed.notify_all()
+
     @property
     def busy(self) -> bool:
         """Whether requests run or wait."""
         return bool(self._schedule.running or self._schedule.waiting)
 
     def wait(self, timeout: float) -> bool:
-        """Waits until there is something to do, at most `timeout` seconds; returns whether there is."""
+        """Waits for something to do, at most `timeout` seconds or until `wake`; returns whether there is."""
         with self._changed:
-            return self._changed.wait_for(lambda: self.busy, timeout)
+            if not self.busy:
+                self._changed.wait(timeout)
+            return self.busy
+
+    def wake(self) -> None:
+        """Ends every `wait`."""
+        with self._changed:
+            self._changed.notify_all()
 
     def step(self) -> bool:
         """Lets requests leave and join, runs parts of their prompts, then a chunk for all rows.

@@ -33,7 +33,8 @@ class Completion:
         tokens: the new tokens; the end token, or the last one of a stop string, is among them.
         finish_reason: why it ended.
         prompt_tokens: tokens of the prompt.
-        executed_ratio: executed share of all layers over prompt and new tokens, the last of which may not have run.
+        executed_layers: layers that its tokens executed, those of the prompt included.
+        layers: layers that they could have executed; the last new token may not have run.
         kv_bytes: of the pages that it had at its end.
     """
 
@@ -41,8 +42,14 @@ class Completion:
     tokens: list[int]
     finish_reason: FinishReason
     prompt_tokens: int
-    executed_ratio: float
+    executed_layers: int
+    layers: int
     kv_bytes: int
+
+    @property
+    def executed_ratio(self) -> float:
+        """Executed share of all layers; 0 if nothing ran."""
+        return self.executed_layers / self.layers if self.layers else 0.0
 
 
 @dataclass(frozen=True)
@@ -132,9 +139,8 @@ class Request:
             text: the last piece.
         """
         text += self.running.end()
-        ratio = self.executed / (layers * self.ran) if self.ran else 0.0
-        whole = "".join([*self.pieces, text])
-        completion = Completion(whole, self.tokens, reason, len(self.prompt), ratio, kv_bytes)
+        whole, total = "".join([*self.pieces, text]), layers * self.ran
+        completion = Completion(whole, self.tokens, reason, len(self.prompt), self.executed, total, kv_bytes)
         # In this order, so that whoever sees the completion has the last update, too.
         self.listener(Update(text, completion))
         self.completion = completion
