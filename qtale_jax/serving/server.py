@@ -50,6 +50,8 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service, grace: float):
         config = uvicorn.Config(
             application(service),
+            # Uvicorn's logging configuration would close the handlers of everyone else.
+            log_config=None,
             log_level="warning",
             access_log=False,
             lifespan="off",

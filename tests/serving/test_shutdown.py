@@ -1,17 +1,21 @@
 """How a server ends: accepted requests finish, new ones are refused, and what if they cannot."""
 
-import os
 import signal
 import subprocess
 import sys
 import threading
+import time
+import urllib.error
+import urllib.request
 
 import openai
 import pytest
 import yaml
 
+from qtale_jax import command
 from qtale_jax.artifact import save_model
 from qtale_jax.data import reasoning
+from qtale_jax.serve import main
 
 pytestmark = pytest.mark.slow
 
@@ -27,24 +31,40 @@ def text(stream) -> str:
     return "".join(chunk.choices[0].text for chunk in stream)
 
 
+def status(url: str) -> int:
+    try:
+        with urllib.request.urlopen(url) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+
+
+def until(condition) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_sigterm_lets_streams_finish_and_refuses_new_ones(model, tmp_path):
     save_model(tmp_path / "tiny", model.spec, model.params, tokenizer=model.tokenizer)
     serve = {"model": str(tmp_path / "tiny"), "port": 0, "rows": 1, "chunk": 1, "width": 4, "context": 32}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"serve": serve}))
-    command = [sys.executable, "-m", "qtale_jax.serve", "config.yaml"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    arguments = [sys.executable, "-m", "qtale_jax.serve", "config.yaml"]
+    process = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline()
-        assert line.startswith("serving tiny on http://127.0.0.1:"), process.stderr.read()
-        expected = model.generate([PROMPT], 27)[0].text
+        assert line.startswith("serving tiny on http://127.0.0.1:"), line
+        expected = model.generate([PROMPT], 12)[0].text
         with connected(line.split()[-1]) as client:
             assert client.models.list().data[0].id == "tiny"
-            streams = [client.completions.create(**SETTINGS, max_tokens=27) for _ in range(30)]
+            streams = [client.completions.create(**SETTINGS, max_tokens=12) for _ in range(30)]
             first = next(streams[0])
             process.send_signal(signal.SIGTERM)
+            until(lambda: status(f"{line.split()[-1]}/health") == 503)
             with pytest.raises(openai.InternalServerError) as refused:
-                for _ in range(1000):  # the signal takes a moment
-                    client.completions.create(**SETTINGS | {"stream": False}, max_tokens=1)
+                client.completions.create(**SETTINGS | {"stream": False}, max_tokens=1)
             assert refused.value.status_code == 503 and refused.value.code == "shutting_down"
             assert first.choices[0].text + text(streams[0]) == expected
             assert all(text(stream) == expected for stream in streams[1:])
@@ -57,8 +77,7 @@ def test_sigterm_lets_streams_finish_and_refuses_new_ones(model, tmp_path):
 
 def test_requests_that_do_not_finish_in_time_are_told(start, capsys):
     running = start(grace=0.1)
-    with connected(running.url) as client, running.engine._stepping:
-        stream = client.completions.create(**SETTINGS, max_tokens=20)
+    with connected(running.url) as client:
         failures = []
 
         def whole():
@@ -67,17 +86,17 @@ def test_requests_that_do_not_finish_in_time_are_told(start, capsys):
             except openai.InternalServerError as error:
                 failures.append(error)
 
-        waiting = threading.Thread(target=whole)
-        waiting.start()
-        while len(list(running.engine._schedule.requests)) < 2:
-            pass
-        running.server.handle_exit(signal.SIGTERM, None)
-        while not all(request.cancelled for request in running.engine._schedule.requests):
-            pass
-    with pytest.raises(openai.APIError, match="shutting down"):
-        text(stream)
-    waiting.join(60)
-    assert failures[0].status_code == 503
+        with running.engine._stepping:
+            stream = client.completions.create(**SETTINGS, max_tokens=20)
+            waiting = threading.Thread(target=whole)
+            waiting.start()
+            until(lambda: len(list(running.engine._schedule.requests)) == 2)
+            running.server.handle_exit(signal.SIGTERM, None)
+            until(lambda: all(request.cancelled for request in running.engine._schedule.requests))
+        with pytest.raises(openai.APIError, match="shutting down"):
+            text(stream)
+        waiting.join(60)
+        assert failures[0].status_code == 503
     running.thread.join(60)
     assert not running.thread.is_alive() and running.is_idle()
     assert "requests were ended after serve.grace=0.1 seconds" in capsys.readouterr().err
@@ -109,18 +128,16 @@ def folder(model, tmp_path, monkeypatch):
     return tmp_path
 
 
-def stage(*arguments: str) -> tuple[int, str, str]:
-    """Runs the stage in this process, as far as the first answer would be given."""
-    code = (
-        "import sys; from qtale_jax import command; from qtale_jax.serve import main; "
-        f"sys.argv[1:] = {list(arguments)!r}; command.run(main)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ)
-    return done.returncode, done.stdout, done.stderr
+def stage(*arguments: str) -> int:
+    """Runs the stage in this process; returns its exit code."""
+    with pytest.raises(SystemExit) as stop:
+        command.run(lambda: main(["config.yaml", *arguments]))
+    return int(stop.value.code or 0)
 
 
-def test_a_dry_run_says_what_would_be_served(folder):
-    code, out, _ = stage("config.yaml", "--dry-run", "serve.rows=4", "serve.pool=0.5")
+def test_a_dry_run_says_what_would_be_served(folder, capsys):
+    code = stage("--dry-run", "serve.rows=4", "serve.pool=0.5")
+    out = capsys.readouterr().out
     assert code == 0 and out.startswith("serve: dry run, nothing is written\n")
     assert "4 at a time, 256 wait, of up to 32 tokens" in out and "no: the tokenizer has no template" in out
     # 2 layers, 2 pages for 32 tokens, 4 rows, half: 8 pages of 16 slots with 2 vectors of 8 float32 and a position.
@@ -135,14 +152,15 @@ def test_a_dry_run_says_what_would_be_served(folder):
         (["serve.host=256.1.1.1"], "serve.host=256.1.1.1"),
     ],
 )
-def test_what_cannot_be_served_is_one_line(folder, arguments, message, monkeypatch, capsys):
-    from qtale_jax import command
-    from qtale_jax.serve import main
-
-    monkeypatch.setattr(sys, "argv", ["serve", "config.yaml", *arguments])
+def test_what_cannot_be_served_is_one_line(folder, arguments, message, capsys):
     for dry in ([], ["--dry-run"]):
-        with pytest.raises(SystemExit) as stop:
-            command.run(lambda dry=dry: main(["config.yaml", *arguments, *dry]))
+        assert stage(*arguments, *dry) == 2
         captured = capsys.readouterr()
-        assert stop.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1
+        assert captured.out == "" and captured.err.count("\n") == 1
         assert message in captured.err
+
+
+def test_a_missing_package_is_named(folder, monkeypatch, capsys):
+    monkeypatch.setattr("qtale_jax.serve.NEEDED", ("starlette", "no_such_package"))
+    assert stage() == 2
+    assert 'serve needs no_such_package; install with: pip install "qtale-jax[serve]"' in capsys.readouterr().err
