@@ -42,7 +42,8 @@ def application(service: Service) -> Starlette:
         Route("/health", health),
         Route("/metrics", metrics),
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: _http_error, APIError: _api_error})
+    handlers = {HTTPException: _http_error, APIError: _api_error, Exception: _bug}
+    return Starlette(routes=routes, exception_handlers=handlers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -56,3 +57,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
 async def _api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, APIError)
     return error.response()
+
+
+async def _bug(_: Request, __: Exception) -> Response:
+    """For what nobody foresaw; Starlette raises it again, so that it is logged."""
+    return APIError(500, "an internal error, which the server's log describes").response()
