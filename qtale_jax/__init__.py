@@ -5,6 +5,7 @@ model = qtale_jax.load("runs/quickstart/qtale-seed0/rtn-3bit-sym-ratio0.6")
 model.generate(["..."], max_new_tokens=20)
 """
 
+import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -12,21 +13,37 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __version__ = "0.1.0"
-__all__ = ["Generation", "Model", "Results", "Score", "TextRouting", "__version__", "load", "results"]
+__all__ = [
+    "Engine",
+    "EngineOptions",
+    "Generation",
+    "Model",
+    "RequestOptions",
+    "Results",
+    "Score",
+    "TextRouting",
+    "__version__",
+    "load",
+    "results",
+]
 
 if TYPE_CHECKING:
+    from qtale_jax.engine.engine import Engine
+    from qtale_jax.engine.options import EngineOptions, RequestOptions
     from qtale_jax.model import Generation, Model, Score, TextRouting, load
     from qtale_jax.reporting.comparison import Results, results
+
+_HOMES = {
+    "qtale_jax.model": ("Generation", "Model", "Score", "TextRouting", "load"),
+    "qtale_jax.engine.engine": ("Engine",),
+    "qtale_jax.engine.options": ("EngineOptions", "RequestOptions"),
+    "qtale_jax.reporting.comparison": ("Results", "results"),
+}
 
 
 def __getattr__(name: str) -> Any:
     # The public names need JAX; importing them on first use keeps `--help` and refused configurations fast.
-    if name in ("Generation", "Model", "Score", "TextRouting", "load"):
-        from qtale_jax import model
-
-        return getattr(model, name)
-    if name in ("Results", "results"):
-        from qtale_jax.reporting import comparison
-
-        return getattr(comparison, name)
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module 'qtale_jax' has no attribute {name!r}")

@@ -33,6 +33,7 @@ STAGES = {
     "calibrate": "find the threshold that gives an executed ratio, or keeps the quality",
     "evaluate": "measure accuracy, perplexity, executed ratio and cost of a model",
     "generate": "continue prompts",
+    "serve": "answer requests over HTTP, in the form of the OpenAI API, many at a time",
     "experiment": "run all stages over methods, quantizers and seeds, then report",
     "report": "write results.json, the Markdown tables, the HTML page and the model card of an experiment",
 }

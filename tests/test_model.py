@@ -57,6 +57,7 @@ def model(path):
 
 def test_the_package_has_what_it_promises():
     names = {"load", "results", "Model", "Generation", "Results", "Score", "TextRouting", "__version__"}
+    names |= {"Engine", "EngineOptions", "RequestOptions"}
     assert names == set(qtale_jax.__all__)
     for name in qtale_jax.__all__:
         assert getattr(qtale_jax, name)

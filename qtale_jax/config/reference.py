@@ -7,7 +7,7 @@ from qtale_jax.config.catalogue import Key, sections
 
 _HEAD = """# Configuration
 
-Every key, generated from the types in `qtale_jax/config/schema.py`. A stage takes a YAML file with these sections and
+Every key, generated from the types in `qtale_jax/config/`. A stage takes a YAML file with these sections and
 any number of `key=value` after it, such as `train.steps=100 lora.targets=[query,value]`; values are read as YAML,
 `null` is none. A top-level `extends: other.yaml`, relative to the file, starts from another file. Unknown keys, values
 of another type and combinations that cannot work are refused with one line that names the file, the key and what is

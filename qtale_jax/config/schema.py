@@ -4,33 +4,13 @@ A section is a frozen pydantic model that refuses unknown keys. Checks that need
 checks across sections live in `combinations`. Stages receive the whole `Config` and read their own section.
 """
 
-from typing import Annotated, Literal, TypeVar
+from typing import Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from qtale_jax.config.combinations import check_combinations
-
-
-def _group_size(value: int) -> int:
-    if value != -1 and value <= 0:
-        raise ValueError(f"found {value}; allowed: a positive number of inputs, or -1 for all of them")
-    return value
-
-
-Item = TypeVar("Item")
-Many = Annotated[tuple[Item, ...], Field(strict=False)]  # strict mode would refuse the lists that YAML has
-Bits = Literal[2, 3, 4, 8, 16]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0.0)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-GroupSize = Annotated[int, AfterValidator(_group_size)]
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable; unknown keys, infinities and values of another type are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True, allow_inf_nan=False)
+from qtale_jax.config.section import Bits, Fraction, GroupSize, Many, NotNegative, Positive, Section, Seed
+from qtale_jax.config.serving import ServeConfig
 
 
 class RopeScalingConfig(Section):
@@ -574,6 +554,7 @@ class Config(Section):
     evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="evaluation")
     harness: HarnessConfig = Field(default=HarnessConfig(), description="lm-evaluation-harness")
     generate: GenerateConfig = Field(default=GenerateConfig(), description="generation")
+    serve: ServeConfig = Field(default=ServeConfig(), description="server")
     experiment: ExperimentConfig = Field(default=ExperimentConfig(), description="grid of stages")
 
     @model_validator(mode="after")

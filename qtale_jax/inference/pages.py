@@ -89,6 +89,17 @@ class PagedCache:
         more = pages_of(self.counts + new, page) - pages_of(self.counts, page)
         return jnp.sum(jnp.where(active[None, :], more, 0))
 
+    def released(self, rows: Bool[Array, " b"]) -> "PagedCache":
+        """Gives back what some rows have; what stands in their pages is nobody's until it is written over."""
+        counts = jnp.where(rows[None, :], 0, self.counts)
+        index = jnp.arange(self.table.shape[2], dtype=jnp.int32)[None, None, :]
+        has = index < pages_of(counts, self.pool.positions.shape[1])[:, :, None]
+        taken = jnp.where(has, self.table, self.pool.pages).reshape(-1)
+        in_use = jnp.zeros((self.pool.pages,), jnp.bool_).at[taken].set(True, mode="drop")
+        order = jnp.argsort(~in_use, stable=True).astype(jnp.int32)
+        used = jnp.sum(in_use, dtype=jnp.int32)
+        return dataclasses.replace(self, order=order, used=used, counts=counts)
+
     def append(
         self, key: Stored, value: Stored, positions: Int32[Array, "l b t"], kept: Bool[Array, "l b t"]
     ) -> "PagedCache":

@@ -25,6 +25,7 @@ ARCHITECTURE = Architecture(
 )
 MOST = LAYERS * ROWS * SLOTS // PAGE
 
+released = jax.jit(lambda cache, rows: cache.released(rows))
 append = jax.jit(lambda cache, key, positions, kept: cache.append(key, key, positions, kept))
 
 
@@ -65,6 +66,39 @@ def test_a_layer_keeps_what_it_was_given_and_nothing_else(masks, seed):
         assert positions.tolist() == at
         pages += np.asarray(cache.table[layer, row])[: -(-len(at) // PAGE)].tolist()
     assert len(set(pages)) == len(pages) == int(cache.used)
+
+
+@given(
+    calls=st.lists(
+        st.tuples(
+            st.lists(st.booleans(), min_size=18, max_size=18), st.lists(st.booleans(), min_size=ROWS, max_size=ROWS)
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+@settings(max_examples=15)
+def test_pages_come_back_and_go_to_others(calls):
+    draw, cache = np.random.default_rng(0), empty_pages(ARCHITECTURE, ROWS, SLOTS, MOST, jnp.float32, PAGE)
+    expected = {(layer, row): [] for layer in range(LAYERS) for row in range(ROWS)}
+    for mask, leaving in calls:
+        kept = np.array(mask).reshape(LAYERS, ROWS, TOKENS)
+        # Nobody has room for more than four calls.
+        kept &= np.array([[[len(expected[layer, row]) <= SLOTS - TOKENS] for row in range(ROWS)] for layer in range(3)])
+        key, form, positions = written(draw, kept, 0, jnp.float32)
+        cache = append(cache, form, positions, jnp.asarray(kept))
+        cache = released(cache, jnp.asarray(leaving))
+        for (layer, row), keys in expected.items():
+            keys.extend(key[layer, row][kept[layer, row]])
+            if leaving[row]:
+                keys.clear()
+        pages = []
+        for (layer, row), keys in expected.items():
+            np.testing.assert_array_equal(tokens_of(cache, layer, row)[0], np.reshape(keys, (-1, 2, 4)))
+            pages += np.asarray(cache.table[layer, row])[: -(-len(keys) // PAGE)].tolist()
+        order = np.asarray(cache.order).tolist()
+        assert len(set(pages)) == len(pages) == int(cache.used) and set(order[: len(pages)]) == set(pages)
+        assert sorted(order) == list(range(MOST))
 
 
 def test_what_may_be_needed_is_never_too_little_and_exact_where_all_is_kept():

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qtale_jax.data.stops import first_stop, tokens_until
 from qtale_jax.evaluation.likelihood import Counted, count
 from qtale_jax.inference.generation import Generated, generate
 from qtale_jax.models.decoder import Parameters
@@ -48,21 +49,6 @@ class Request:
     def kind(self) -> tuple[float, float, int]:
         """What requests of one batch have in common."""
         return self.temperature, self.top_p, width_class(len(self.prompt) + len(self.new))
-
-
-def first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the earliest of the stop strings begins in `text`; None if there is none. Empty strings never stop."""
-    found = [place for place in (text.find(stop) for stop in stops if stop) if place >= 0]
-    return min(found, default=None)
-
-
-def tokens_until(ids: Sequence[int], stops: Sequence[str], decode: Callable[[Sequence[int]], str]) -> int:
-    """The number of tokens whose text first holds a stop string; all if it never does."""
-    low, high = 1, len(ids)
-    while low < high:  # more tokens never take a stop string away, so this can be bisected
-        middle = (low + high) // 2
-        low, high = (low, middle) if first_stop(decode(ids[:middle]), stops) is not None else (middle + 1, high)
-    return low
 
 
 def continue_requests(

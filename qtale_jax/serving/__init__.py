@@ -1,0 +1,1 @@
+"""The engine behind HTTP, in the form of the OpenAI API: needs the extra `serve`."""
