@@ -9,8 +9,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qtale_plus": {
         "routing": {
             "method": "qtale",
-            "target": 0.47,
-            "rate_weight": 5.0,
+            "target": 0.5,
+            "eviction": False,
             "entropy_weight": 0.03,
             "entropy_schedule": "anneal",
         },
@@ -27,8 +27,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
 }
-"""`routing.preset` -> values. `qtale_plus` sees the quantizer and the dense model while it trains, and lets the entropy
-term go before the end; it aims below 0.5, as these terms hold the executed share above the target (configs/study)."""
+"""`routing.preset` -> values. `qtale_plus` sees the quantizer and the dense model while it trains, lets the entropy term go
+before the end, and keeps the keys and values of skipped tokens, which costs their projections and the memory of a whole
+cache (configs/study)."""
 
 
 def with_preset(values: dict[str, Any]) -> dict[str, Any]:

@@ -66,10 +66,21 @@ def count(
     present: Bool[Array, "b t"],
     always_on_tokens: int,
     architecture: Architecture,
+    eviction: bool = True,
 ) -> Counted:
-    """Counts decisions; `present` marks tokens that are not padding, `architecture` says which layers have a window."""
+    """Counts decisions.
+
+    Args:
+        execute: what was executed.
+        logits: of the routers.
+        present: tokens that are not padding.
+        always_on_tokens: tokens at the start whose decisions do not count.
+        architecture: says which layers have a window.
+        eviction: whether tokens that skip a layer leave no keys there.
+    """
     taken = execute.astype(jnp.float32)
-    keys = jnp.cumsum(taken, axis=1)
+    left = taken if eviction else jnp.broadcast_to(present[:, :, None], taken.shape).astype(jnp.float32)
+    keys = jnp.cumsum(left, axis=1)
     window = architecture.sliding_window
     if window is not None and window < keys.shape[1]:
         local = jnp.asarray([architecture.is_local(layer) for layer in range(architecture.num_layers)])
@@ -110,7 +121,10 @@ def batch_likelihood(
     greedy = jnp.all((jnp.argmax(logits, axis=-1) == targets) | ~wanted, axis=1)
     always_on_tokens = spec.routing.always_on_tokens if spec.routing else 0
     present = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
-    counted = count(output.routing.execute, output.routing.logits, present, always_on_tokens, spec.architecture)
+    eviction = spec.routing is None or spec.routing.eviction
+    counted = count(
+        output.routing.execute, output.routing.logits, present, always_on_tokens, spec.architecture, eviction
+    )
     return jnp.where(wanted, chosen, 0.0), greedy, counted
 
 

@@ -1,6 +1,7 @@
 """Arithmetic of a forward pass, counted from what was executed, and the peak rate of the device that ran it."""
 
 import functools
+import math
 import time
 from collections.abc import Sequence
 
@@ -27,12 +28,17 @@ def router_flops(spec: ModelSpecification) -> float:
 def flops_per_token(spec: ModelSpecification, executed_per_layer: Sequence[float], contexts: Sequence[float]) -> float:
     """FLOPs of a forward pass per token, head and routers included.
 
+    Without eviction, tokens that skip a layer leave keys and values there all the same, which are counted.
+
     Args:
         spec: the model.
         executed_per_layer: measured share of tokens that executed each layer.
         contexts: measured mean number of keys that an executing token saw in each layer.
     """
     blocks = sum(s * layer_flops(spec, c) for s, c in zip(executed_per_layer, contexts, strict=True))
+    if spec.routing is not None and not spec.routing.eviction:
+        skipped = sum(1.0 - executed_per_layer[layer] for layer in spec.routed_layers)
+        blocks += skipped * sum(2.0 * math.prod(spec.architecture.linear_shape(name)) for name in ("key", "value"))
     head = 2.0 * spec.architecture.hidden_size * spec.architecture.vocab_size
     return blocks + head + router_flops(spec) * len(spec.routed_layers)
 

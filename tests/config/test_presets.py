@@ -18,16 +18,16 @@ def load(tmp_path, text, *overrides) -> Config:
 def fields(config: Config) -> list:
     routing, train = config.routing, config.train
     bits = [format.bits for format in train.quantization_aware.formats]
-    return [routing.target, routing.entropy_schedule, train.distillation.weight, bits]
+    return [routing.eviction, routing.entropy_schedule, train.distillation.weight, bits]
 
 
 WHOLE = [
-    RECIPE["routing"]["target"],
+    RECIPE["routing"]["eviction"],
     RECIPE["routing"]["entropy_schedule"],
     RECIPE["train"]["distillation"]["weight"],
     [format["bits"] for format in RECIPE["train"]["quantization_aware"]["formats"]],
 ]
-DEFAULTS = [0.5, "constant", 0.0, []]
+DEFAULTS = [True, "constant", 0.0, []]
 
 
 def test_values_without_a_preset_are_left_alone():
@@ -54,7 +54,7 @@ def test_one_method_of_an_experiment_may_have_it(tmp_path):
 
 
 def test_what_it_resolved_to_is_what_is_written_and_read_again(tmp_path):
-    text = "model: {path: parent}\nrouting: {preset: qtale_plus, target: 0.6}\n"
+    text = "model: {path: parent}\nrouting: {preset: qtale_plus, eviction: true}\n"
     config = load(tmp_path, text)
-    assert fields(config) == [0.6, *WHOLE[1:]]
+    assert fields(config) == [True, *WHOLE[1:]]
     assert resolve(load(tmp_path, yaml.safe_dump(resolve(config)))) == resolve(config)

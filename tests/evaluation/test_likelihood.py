@@ -54,10 +54,12 @@ def test_what_greedy_decoding_gives_is_greedy(routed):
     assert found.is_greedy.tolist() == [True, False]
 
 
-@pytest.mark.parametrize("window", [None, 6])
-def test_counts_are_those_of_counting_one_by_one(routed, rows, window):
+@pytest.mark.parametrize(("window", "eviction"), [(None, True), (6, True), (None, False)])
+def test_counts_are_those_of_counting_one_by_one(routed, rows, window, eviction):
     spec, params = routed
-    spec = spec.model_copy(update={"architecture": spec.architecture.model_copy(update={"sliding_window": window})})
+    architecture = spec.architecture.model_copy(update={"sliding_window": window})
+    routing = spec.routing.model_copy(update={"eviction": eviction})
+    spec = spec.model_copy(update={"architecture": architecture, "routing": routing})
     counted = likelihoods(spec, params, rows, inference_policy(spec), batch_size=4).counted
     tokens, executed, keys = 0, np.zeros(3), np.zeros(3)
     gaps = []
@@ -66,8 +68,9 @@ def test_counts_are_those_of_counting_one_by_one(routed, rows, window):
         tokens += len(row.ids)
         executed += execute.sum(0)
         for layer in range(3):
+            left = execute if eviction else np.ones_like(execute)
             for position in np.flatnonzero(execute[:, layer]):
-                keys[layer] += execute[max(0, position + 1 - (window or 99)) : position + 1, layer].sum()
+                keys[layer] += left[max(0, position + 1 - (window or 99)) : position + 1, layer].sum()
         gaps += np.abs(gap[2:]).ravel().tolist()
     assert counted.tokens == tokens and counted.decisions == len(gaps)
     np.testing.assert_array_equal(counted.executed, executed)

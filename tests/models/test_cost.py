@@ -24,6 +24,13 @@ def test_only_executed_layers_cost_but_every_router_does(make_spec):
     assert found == pytest.approx(blocks + 2 * 16 * 40 + 2 * router_flops(spec))
 
 
+def test_without_eviction_skipped_tokens_cost_their_keys_and_values(make_spec):
+    evicting, keeping = (make_spec(routing={"always_on_layers": 1, "eviction": eviction}) for eviction in (True, False))
+    executed, keys = [1.0, 0.5, 0.0], [10, 10, 10]
+    more = flops_per_token(keeping, executed, keys) - flops_per_token(evicting, executed, keys)
+    assert more == pytest.approx((0.5 + 1.0) * 2 * 2 * 16 * 8)
+
+
 def test_training_is_three_forwards_of_every_block(make_spec):
     spec = make_spec(routing={"always_on_layers": 1})
     assert training_flops_per_token(spec, 20) == 3 * flops_per_token(spec, [1.0] * 3, [10] * 3)
