@@ -187,39 +187,41 @@ async def _bytes(url: str, body: bytes, wait: bool = True) -> tuple[int, bytes]:
     return int(first.split()[1]), rest
 
 
-async def interrupted(running: Running, expected: dict[str, str], count: int) -> tuple[int, int]:
-    """SIGTERM while so many stream: how many did not get their whole text, and how many of 10 new ones were refused."""
-    texts = list(expected)[:count]
-    async with client(running.url) as api:
-        answers = [
-            await api.completions.create(model="tiny", prompt=prompt, max_tokens=NEW, temperature=0, stream=True)
-            for prompt in texts
-        ]
-        first = await anext(aiter(answers[0]))
-        running.process.send_signal(signal.SIGTERM)
+async def interrupted(running: Running, expected: dict[str, str], count: int) -> Counter:
+    """SIGTERM when a quarter of so many streams have begun: what became of all of them.
 
-        async def rest(number: int) -> str:
-            text = first.choices[0].text if number == 0 else ""
-            return text + "".join([chunk.choices[0].text async for chunk in answers[number]])
+    Returns:
+        Streams that were `open` at the signal; those that `finished` with their whole text, were `refused` with 503, or
+        came `later` than the end; and those that began and were `lost`.
+    """
+    found: Counter[str] = Counter()
 
-        work = [asyncio.ensure_future(rest(number)) for number in range(count)]
-        status = 200
-        while status == 200:  # the signal takes a moment
-            status, _ = await _get(running.url, "/health")
-        new = await asyncio.gather(*(_bytes(running.url, b"{}") for _ in range(10)), return_exceptions=True)
-        refused = sum(not isinstance(answer, BaseException) and answer[0] == 503 for answer in new)
-        found = await asyncio.gather(*work)
-    return sum(text != expected[prompt] for text, prompt in zip(found, texts, strict=True)), refused
+    async def one(api: openai.AsyncOpenAI, prompt: str) -> str:
+        settings = {"model": "tiny", "prompt": prompt, "max_tokens": NEW, "temperature": 0, "stream": True}
+        try:
+            answer = await api.completions.create(**settings)
+        except openai.InternalServerError as error:
+            return "refused" if error.status_code == 503 else "lost"
+        except openai.APIConnectionError:
+            return "later"
+        found["begun"] += 1
+        text = ""
+        try:
+            async for chunk in answer:
+                text += chunk.choices[0].text
+                if "open" not in found and found["begun"] >= count // 4:
+                    running.process.send_signal(signal.SIGTERM)
+                    found["open"] = found["begun"] - found["finished"]
+        except openai.APIError:
+            return "lost"
+        return "finished" if text == expected[prompt] else "lost"
 
+    async def counted(api: openai.AsyncOpenAI, prompt: str) -> None:
+        found[await one(api, prompt)] += 1
 
-async def _get(url: str, path: str) -> tuple[int, bytes]:
-    place = urlsplit(url)
-    reader, writer = await asyncio.open_connection(place.hostname, place.port)
-    writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
-    answer = await reader.read()
-    writer.close()
-    first, _, rest = answer.partition(b"\r\n\r\n")
-    return int(first.split()[1]), rest
+    async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0, timeout=600) as api:
+        await asyncio.gather(*(counted(api, prompt) for prompt in list(expected)[:count]))
+    return found
 
 
 def measure(streams: int, requests: int) -> list[Row]:
@@ -257,14 +259,13 @@ def measure(streams: int, requests: int) -> list[Row]:
                 Row("executed ratio", now["qtale_executed_ratio"], "of all layers"),
                 Row("requests that lost their row for want of pages", now["qtale_interruptions_total"], "times"),
             ]
-            count = min(100, streams)
-            lost, refused = asyncio.run(interrupted(running, alone, count))
+            became = asyncio.run(interrupted(running, alone, streams))
             code = running.process.wait(120)
             rows += [
-                Row(f"SIGTERM among {count} streams: other text than alone", lost, "requests"),
-                Row(f"SIGTERM among {count} streams: 10 new ones, refused with 503", refused, "requests"),
-                Row(f"SIGTERM among {count} streams: exit code", code, "code"),
+                Row(f"SIGTERM among {streams} streams: {name}", became[name], "requests")
+                for name in ("open", "finished", "refused", "later", "lost")
             ]
+            rows.append(Row(f"SIGTERM among {streams} streams: exit code", code, "code"))
     return rows
 
 
