@@ -23,6 +23,10 @@ def architecture_text(spec: ModelSpecification) -> str:
         f"{shape.family}, {shape.num_layers} layers of width {shape.hidden_size}, MLP {shape.intermediate_size}, "
         f"{shape.num_heads} heads{kv}, vocabulary {shape.vocab_size:,}, context {shape.max_length:,}"
     )
+    if shape.sliding_window is not None:
+        local = sum(shape.is_local(layer) for layer in range(shape.num_layers))
+        some = "" if local == shape.num_layers else f" in {local} layers"
+        text += f", a window of {shape.sliding_window:,} tokens{some}"
     dropped = len(spec.dropped_layers)
     return f"{text}; {dropped} of {dropped + shape.num_layers} layers were taken out" if dropped else text
 

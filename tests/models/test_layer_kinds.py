@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from qtale_jax.models.context import Context
+from qtale_jax.models.describe import architecture_text
 from qtale_jax.models.rotary import frequencies, rotary_tables
 
 KINDS = {"num_layers": 4, "sliding_window": 3, "global_layers": (1, 3), "local_rope_theta": 100.0}
@@ -69,3 +70,9 @@ def test_a_layer_sees_what_its_kind_sees(make_spec):
             np.testing.assert_array_equal(found.causal[0], inside)
             for table, expected in zip(found.tables, rotary_tables(architecture, positions, local), strict=True):
                 np.testing.assert_array_equal(table, expected)
+
+
+def test_a_description_says_how_many_layers_have_the_window(make_spec):
+    assert architecture_text(make_spec(**KINDS)).endswith("context 32, a window of 3 tokens in 2 layers")
+    assert architecture_text(make_spec(sliding_window=3)).endswith("context 32, a window of 3 tokens")
+    assert architecture_text(make_spec()).endswith("context 32")
