@@ -26,7 +26,7 @@ def stories(shared_data) -> Path:
 
 @pytest.fixture(scope="module")
 def lengths(shared_data, stories) -> dict[str, list[tuple[int, int]]]:
-    """Tokens of prompt and of prompt with response, start token included, of every row of every file."""
+    """Tokens of every row of every file: start and prompt, and start, prompt, response and end."""
     tokenizer = Tokenizer.from_file(str(stories / "tokenizer.json"))
     found = {}
     for name, count in FILES.items():
@@ -35,9 +35,11 @@ def lengths(shared_data, stories) -> dict[str, list[tuple[int, int]]]:
         prompts = [TEMPLATE.format(row["instruction"]) for row in rows]
         texts = [prompt + row["output"] for prompt, row in zip(prompts, rows, strict=True)]
         asked = [prompt.rstrip() for prompt in prompts]  # the line break belongs to the response
-        # The model's end token is its start token, and is not put behind an example.
-        sizes = ([1 + len(e.ids) for e in tokenizer.encode_batch(t, add_special_tokens=False)] for t in (asked, texts))
-        found[name] = list(zip(*sizes, strict=True))
+        before, whole = (
+            [len(each.ids) for each in tokenizer.encode_batch(part, add_special_tokens=False)]
+            for part in (asked, texts)
+        )
+        found[name] = [(1 + prompt, 1 + both + 1) for prompt, both in zip(before, whole, strict=True)]
     return found
 
 
@@ -69,7 +71,7 @@ def test_the_shipped_configuration_prints_what_it_reads_and_drops(shared_data, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length", [200, 320])
+@pytest.mark.parametrize("length", [280, 320])
 def test_cut_examples_keep_a_token_to_learn(shared_data, stories, lengths, length):
     name = "ARC-Challenge_train.json"
     data = {"kind": "instruction", "path": str(shared_data / "csqa" / name), "paths": [], "length": length}
