@@ -75,11 +75,9 @@ def test_the_shipped_configuration_prints_what_it_reads_and_drops(shared_data, s
 @pytest.mark.parametrize("length", [280, 320])
 def test_cut_examples_keep_a_token_to_learn(shared_data, stories, lengths, length):
     name = "ARC-Challenge_train.json"
-    data = {"kind": "instruction", "path": str(shared_data / "csqa" / name), "paths": [], "length": length}
     config = load_config(CONFIG)
-    config = config.model_copy(
-        update={"data": config.data.model_copy(update=data | {"paths": (), "truncation": "right"})}
-    )
+    data = {"path": str(shared_data / "csqa" / name), "paths": (), "length": length, "truncation": "right"}
+    config = config.model_copy(update={"data": config.data.model_copy(update=data)})
     found, counts = examples(config, load_huggingface(stories).tokenizer, "train")
     sizes = split(lengths[name], config.data.held_out)["train"]
     dropped = sum(prompt >= length for prompt, whole in sizes if whole > length)
