@@ -19,7 +19,7 @@ from nbclient.exceptions import CellExecutionError
 from traitlets.config import Config
 
 TIMEOUT = 600
-"""Seconds that a cell may take."""
+"""Seconds that a kernel may take to start, and a cell to run."""
 
 SIDE_BY_SIDE = 2
 """Kernels at a time: most of a notebook's time is spent in one thread, on imports and compilation."""
@@ -42,7 +42,8 @@ async def execute(path: Path, target: Path, turn: asyncio.Semaphore) -> list[str
     """Executes one notebook, writes the copy also where a cell failed, and returns what went wrong."""
     notebook, folder = nbformat.read(path, as_version=4), {"metadata": {"path": str(path.parent)}}
     async with turn, sockets() as config:
-        client = NotebookClient(notebook, timeout=TIMEOUT, kernel_name="python3", resources=folder, config=config)
+        times = {"timeout": TIMEOUT, "startup_timeout": TIMEOUT}
+        client = NotebookClient(notebook, kernel_name="python3", resources=folder, config=config, **times)
         started, problems = time.monotonic(), []
         try:
             await client.async_execute()

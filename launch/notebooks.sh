@@ -10,7 +10,8 @@ set -euo pipefail
 
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-run="$(realpath -m "${QTALE_RUN:-$REPOSITORY/runs/quickstart}")"
+run="${QTALE_RUN:-$REPOSITORY/runs/quickstart}"
+[[ "$run" == /* ]] || run="$PWD/$run"
 cd "$REPOSITORY"
 
 prepare_environment "${QTALE_ENVIRONMENT:-.venv-notebooks}" "${QTALE_EXTRAS:-notebooks}"
