@@ -271,7 +271,7 @@ class Model:
         # Padded to a length class, so that texts of many lengths share a few programs; padding changes no decision.
         tokens = np.zeros((1, padded_length(len(ids))), np.int32)
         tokens[0, : len(ids)] = ids
-        routing: Routing = self.forward(tokens, lengths=np.asarray([len(ids)])).routing
+        routing: Routing = self.forward(tokens, lengths=np.asarray([len(ids)], np.int32)).routing
         words = self.tokenizer.convert_ids_to_tokens(ids)
         execute, probability = (np.asarray(each[0, : len(ids)]) for each in (routing.execute, routing.probability))
         return TextRouting(words, execute, probability)
