@@ -27,9 +27,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
 }
-"""`routing.preset` -> values. `qtale_plus` sees the quantizer and the dense model while it trains, and lets the entropy
-term go before the end. It keeps the keys and values of skipped tokens: what helps most, for the price of their
-projections and of the memory of a whole cache (configs/study)."""
+"""`routing.preset` -> values. `qtale_plus` sees the quantizer and the dense model while it trains, which helps at 3
+and 2 bits, and lets the entropy term go before the end. It keeps the keys and values of skipped tokens, which helps
+at every width, for the price of their projections and of the memory of a whole cache (configs/study)."""
 
 
 def with_preset(values: dict[str, Any]) -> dict[str, Any]:
