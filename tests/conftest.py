@@ -15,8 +15,8 @@ import pytest
 
 DEVICES_FLAG = "--xla_force_host_platform_device_count"
 # Most of the tests' time goes to compiling programs that run once; without the optimizer that takes a quarter of it.
-# The programs mean the same. Tests that are about the last bit ask for the fixture `optimized`, and processes started
-# with `process_environment` compile as for users. XLA_FLAGS=--xla_backend_optimization_level=3 turns it on for all.
+# The programs mean the same. Tests that are about the last bit ask for the fixture `optimized`, or for processes that
+# compile as users' do (`process_environment`). XLA_FLAGS=--xla_backend_optimization_level=3 turns it on for all.
 _OPTIMIZER_FLAGS = {"--xla_backend_optimization_level": "0", "--xla_cpu_use_fusion_emitters": "false"}
 OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
@@ -106,11 +106,15 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture(scope="session")
 def process_environment() -> Callable[..., dict[str, str]]:
-    """The environment of a process as users start it: optimized programs, `devices` CPU devices, this package."""
-    own = (DEVICES_FLAG, *(f"{name}={value}" for name, value in _OPTIMIZER_FLAGS.items()))
+    """The environment of a process as users start it: this package, `devices` CPU devices; `optimized` programs or not.
 
-    def environment(devices: int = 1) -> dict[str, str]:
-        flags = [flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(own)]
+    Coverage is not measured there: it would take a quarter of a process's time.
+    """
+    own = [f"{name}={value}" for name, value in _OPTIMIZER_FLAGS.items()]
+
+    def environment(devices: int = 1, optimized: bool = False) -> dict[str, str]:
+        left_out = (DEVICES_FLAG, *own) if optimized else DEVICES_FLAG
+        flags = [flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(left_out)]
         return os.environ | {
             "XLA_FLAGS": " ".join([*flags, f"{DEVICES_FLAG}={devices}"]),
             "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -123,11 +127,13 @@ def process_environment() -> Callable[..., dict[str, str]]:
 def run_module(tmp_path: Path, process_environment) -> RunModule:
     """Runs `python -m MODULE ARGUMENTS...` as a user would: a process of its own, in the test's empty folder.
 
-    `devices` is the number of CPU devices it sees; other keywords go to `subprocess.run`.
+    `devices` and `optimized` go to `process_environment`; other keywords go to `subprocess.run`.
     """
 
-    def run(module: str, *arguments: str | Path, devices: int = 1, **settings) -> subprocess.CompletedProcess[str]:
-        defaults = {"cwd": tmp_path, "env": process_environment(devices), "timeout": 600}
+    def run(
+        module: str, *arguments: str | Path, devices: int = 1, optimized: bool = False, **settings
+    ) -> subprocess.CompletedProcess[str]:
+        defaults = {"cwd": tmp_path, "env": process_environment(devices, optimized), "timeout": 600}
         command = [sys.executable, "-m", module, *map(str, arguments)]
         return subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, **(defaults | settings)

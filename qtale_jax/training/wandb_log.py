@@ -1,5 +1,6 @@
 """Weights & Biases beside TensorBoard: one W&B run per output folder, which goes on when training does."""
 
+import importlib
 import secrets
 from pathlib import Path
 from types import ModuleType
@@ -18,12 +19,11 @@ def import_wandb() -> ModuleType:
         InputError: it is not installed.
     """
     try:
-        import wandb
+        return importlib.import_module("wandb")
     except ModuleNotFoundError as error:
         raise InputError(
             'train.wandb_project needs the wandb library: pip install "qtale-jax[wandb]"; allowed without: null'
         ) from error
-    return wandb
 
 
 def run_id(directory: Path) -> str:

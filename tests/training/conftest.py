@@ -154,7 +154,7 @@ def run_once(process_environment) -> Callable[[Path, dict[str, Any]], None]:
         done = subprocess.run(
             training_command(file),
             cwd=folder,
-            env=process_environment(),
+            env=process_environment(optimized=True),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -174,7 +174,7 @@ def training_process(tmp_path, process_environment) -> Callable[..., Any]:
         process = subprocess.Popen(
             training_command(*arguments),
             cwd=tmp_path,
-            env=process_environment(),
+            env=process_environment(optimized=True),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

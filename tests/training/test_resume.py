@@ -1,5 +1,6 @@
 """Runs as users start, kill and continue them: real processes on one device, compared bit for bit."""
 
+import functools
 import json
 import signal
 from pathlib import Path
@@ -15,6 +16,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.first]
 STEPS = 40
 TRAIN = {"steps": STEPS, "checkpoint_every": 2, "evaluate_every": 7, "parameters": "adapters"}
 KILLS = (3, 8, 15, 21, 30)
+
+
+@pytest.fixture
+def run_module(run_module):
+    """With the programs that users run: bits are compared here."""
+    return functools.partial(run_module, optimized=True)
 
 
 def wait_for_step(process, step: int) -> None:

@@ -46,9 +46,7 @@ def test_five_tasks_as_the_harness_own_backend_has_them(shared_data, stories_pat
         "harness": {"tasks": files, "limit": 200, "samples": True},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    done = run_module(
-        "qtale_jax.evaluate", "config.yaml"
-    )  # a process of its own, with optimized programs: 4 times faster
+    done = run_module("qtale_jax.evaluate", "config.yaml", optimized=True)  # 4 times faster, though it compiles longer
     assert done.returncode == 0 and done.stderr == ""
     result, out = json.loads((tmp_path / "result.json").read_text()), done.stdout
     for name in TASKS:
