@@ -15,6 +15,7 @@ from qtale_jax.reporting.card import build_card, read_models
 from qtale_jax.reporting.cells import to_markdown, to_rich
 from qtale_jax.reporting.dry_run import print_dry_run
 from qtale_jax.reporting.environment import command_line, environment
+from qtale_jax.reporting.figures import all_figures
 from qtale_jax.reporting.logs import read_training
 from qtale_jax.reporting.page import Making, build_page
 from qtale_jax.reporting.paired import all_differences, several_seeds, write_differences
@@ -22,6 +23,8 @@ from qtale_jax.reporting.results import read_evaluations, write_results, write_t
 from qtale_jax.reporting.tables import all_tables, held_out_tables, quality_tables
 
 FILES = ("results.json", "report.md", "report.html", "README.md")
+FIGURES = "figures"
+"""Folder, beside them, with every plot as an SVG."""
 
 
 def _markdown(title: str, summaries: list[Summary], making: Making, held_out: list[Summary]) -> str:
@@ -49,7 +52,9 @@ def _making(config: Config, command: str | None) -> Making:
 
 
 def run_stage(config: Config, *, command: str | None = None, console: Console | None = None) -> Path:
-    """Writes OUTPUT/results.json, report.md, report.html and the model card README.md, prints the main table and paths.
+    """Writes OUTPUT/results.json, report.md, report.html, the model card README.md and figures/*.svg.
+
+    The main table and the paths are printed.
 
     With several seeds, paired.json holds the paired differences of all models.
 
@@ -78,6 +83,7 @@ def run_stage(config: Config, *, command: str | None = None, console: Console | 
         page: build_page(title, summaries, runs, making, held_out),
         card: build_card(config, summaries, read_models(output), making.command),
     }
+    documents |= {output / FIGURES / name: svg for name, svg in all_figures(summaries, runs).items()}
     write_results(results, [evaluation.row for summary in summaries for evaluation in summary.evaluations])
     paired = output / "paired.json"
     if several_seeds(summaries):
@@ -87,7 +93,7 @@ def run_stage(config: Config, *, command: str | None = None, console: Console | 
     for path, text in documents.items():
         write_text(path, text)
     console.print(to_rich(quality_tables(summaries)[0]))
-    for path in filter(Path.exists, (results, paired, markdown, card, page)):
+    for path in filter(Path.exists, (results, paired, markdown, card, output / FIGURES, page)):
         # Paths go out whole on one line, so that they can be copied.
         console.print(str(path), highlight=False, markup=False, soft_wrap=True)
     return page
@@ -104,7 +110,7 @@ def dry_run(config: Config) -> None:
         "evaluations": f"{len(evaluations):,} of {len(summaries):,} models at a format and a threshold",
         "training logs": f"{len(runs):,}",
     }
-    names = [*FILES, *(["paired.json"] if several_seeds(summaries) else [])]
+    names = [*FILES, FIGURES, *(["paired.json"] if several_seeds(summaries) else [])]
     print_dry_run("report", facts, [output / name for name in names])
 
 

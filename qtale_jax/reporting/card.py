@@ -9,6 +9,7 @@ import yaml
 from qtale_jax.config.schema import Config
 from qtale_jax.reporting.aggregate import Estimate, Summary
 from qtale_jax.reporting.cells import ABSENT, Cell, Table, assemble, to_markdown
+from qtale_jax.reporting.figures import quality_figures
 from qtale_jax.reporting.labels import byte_unit, format_labels, model_label, place_label
 from qtale_jax.reporting.tables import quality_tables
 
@@ -46,6 +47,7 @@ def build_card(
         "`report.html` beside this file has the figures, `results.json` the numbers.\n",
         "```python\nimport qtale_jax\n\nmodel = qtale_jax.load(FOLDER)  # one of the model directories below\n```\n",
         *map(to_markdown, quality_tables(summaries)),
+        *(f"![{title}](figures/{name})\n" for name, title in quality_figures(summaries).items()),
     ]
     tables = (threshold_table(summaries), quantization_table(summaries), provenance_table(models))
     parts += [to_markdown(table) for table in tables if table.rows]

@@ -8,6 +8,7 @@ from qtale_jax.reporting import plots, tables
 from qtale_jax.reporting.aggregate import Summary, at_reference, families, reference_point
 from qtale_jax.reporting.cells import Table
 from qtale_jax.reporting.execution_map import MOST_TOKENS, execution_map
+from qtale_jax.reporting.figures import columns, swatch
 from qtale_jax.reporting.html_table import table_html
 from qtale_jax.reporting.labels import Look, format_labels, looks, metrics, model_label, point_label
 from qtale_jax.reporting.logs import TrainingRun
@@ -36,28 +37,16 @@ class _Section:
 
 
 def _swatch(look: Look) -> str:
-    """A marker as in the plots."""
-    shapes = {
-        "o": '<circle cx="7" cy="7" r="5"/>',
-        "s": '<rect x="2.5" y="2.5" width="9" height="9"/>',
-        "D": '<path d="M7 1 13 7 7 13 1 7z"/>',
-        "^": '<path d="M7 1.5 12.5 12h-11z"/>',
-        "v": '<path d="M7 12.5 1.5 2h11z"/>',
-        "X": '<path d="M4 1 7 4l3-3 3 3-3 3 3 3-3 3-3-3-3 3-3-3 3-3-3-3z"/>',
-        "<": '<path d="M1.5 7 12 1.5v11z"/>',
-    }
-    shape = shapes.get(look.marker, '<path d="M5 1h4v4h4v4H9v4H5V9H1V5h4z"/>')
     style = f"fill:var(--series-{look.index})"
-    return f'<svg width="14" height="14" viewBox="0 0 14 14" aria-hidden="true" style="{style}">{shape}</svg>'
+    return f'<svg width="14" height="14" viewBox="0 0 14 14" aria-hidden="true" style="{style}">{swatch(look)}</svg>'
 
 
 def _figure(plot: Plot, caption: str) -> str:
-    rows = -(-len(plot.panels) // (2 if plot.wide else 4))
-    columns = -(-len(plot.panels) // rows)  # five panels stand as three and two
     legend = "".join(f"<li>{_swatch(look)}{escape(look.label)}</li>" for look in plot.legend)
+    grid = f'class="panels{" wide" if plot.wide else ""}" style="--columns:{columns(plot)}"'
     return (
         f'<figure><ul class="legend">{legend}</ul>'
-        f'<div class="panels{" wide" if plot.wide else ""}" style="--columns:{columns}">{"".join(plot.panels)}</div>'
+        f"<div {grid}>{''.join(plot.panels)}</div>"
         f"<figcaption>{caption}</figcaption></figure>"
     )
 

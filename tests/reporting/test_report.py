@@ -1,6 +1,7 @@
 """The report stage, in process and as a command."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,9 @@ def test_the_stage_writes_its_files_and_prints_the_table(output):
     )
     assert "python -m qtale_jax.experiment a.yaml" in page.read_text()
     assert not list(output.glob(".*"))
+    figures = {path.name for path in (output / "figures").iterdir()}
+    shown = re.findall(r"!\[.*\]\(figures/(.*)\)", (output / "README.md").read_text())
+    assert shown == ["accuracy_by_ratio.svg", "nats_by_ratio.svg"] and figures > set(shown)
 
 
 def test_one_seed_leaves_no_paired_differences(text_experiment, tmp_path):
