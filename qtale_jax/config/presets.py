@@ -11,6 +11,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "method": "qtale",
             "target": 0.5,
             "eviction": False,
+            "rate_loss": "batch",
             "entropy_weight": 0.03,
             "entropy_schedule": "anneal",
         },
@@ -22,14 +23,15 @@ PRESETS: dict[str, dict[str, Any]] = {
                     {"bits": 3, "group_size": -1, "symmetric": False},
                     {"bits": 2, "group_size": 32, "symmetric": False},
                 ],
-                "every": 2,
+                "every": 1,
             },
         },
     },
 }
-"""`routing.preset` -> values. `qtale_plus` sees the quantizer and the dense model while it trains, which helps at 3
-and 2 bits, and lets the entropy term go before the end. It keeps the keys and values of skipped tokens, which helps
-at every width, for the price of their projections and of the memory of a whole cache (configs/study)."""
+"""`routing.preset` -> values. `qtale_plus` holds the rate of a batch instead of every token's, so that layers go to the
+tokens that need them; sees the quantizer and the dense model while it trains, which helps at 3 and 2 bits; and lets the
+entropy term go before the end. It keeps the keys and values of skipped tokens, for the price of their projections and
+of the memory of a whole cache (configs/study)."""
 
 
 def with_preset(values: dict[str, Any]) -> dict[str, Any]:

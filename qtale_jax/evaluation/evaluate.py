@@ -210,6 +210,7 @@ def evaluate(
         "point": point or default_point(spec, theta),
         "bytes": {part: size for part, size in sizes.items() if part != "total"},
         "executed_per_layer": costs["executed_per_layer"],
+        "executed_ratio_scored": counted.executed_ratio_scored * spec.kept_share,
         **routing_summary(counted.counted),
         "written": written,
         "maps": execution_maps(spec, params, *_examples(records, tokenizer, config), policy, tokenizer),

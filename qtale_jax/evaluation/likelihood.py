@@ -43,6 +43,10 @@ class Counted:
     """Expected number of those decisions that Gumbel noise would flip: sum of sigmoid(-|gap|)."""
     decisions: Float[Array, ""]
     histogram: Float[Array, " h"]
+    scored: Float[Array, ""]
+    """Tokens whose prediction of the next one is scored."""
+    executed_scored: Float[Array, ""]
+    """Layers that those executed, summed over them."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,11 @@ class Likelihoods:
         """Executed share of all tokens and all layers, always-on ones included."""
         return float(np.sum(self.counted.executed) / (self.counted.tokens * self.counted.executed.shape[0]))
 
+    @property
+    def executed_ratio_scored(self) -> float:
+        """The same of the tokens whose predictions are scored: what a token that writes the answer costs."""
+        return float(self.counted.executed_scored / (self.counted.scored * self.counted.executed.shape[0]))
+
 
 def count(
     execute: Bool[Array, "b t l"],
@@ -67,6 +76,7 @@ def count(
     always_on_tokens: int,
     architecture: Architecture,
     eviction: bool = True,
+    scored: Bool[Array, "b t"] | None = None,
 ) -> Counted:
     """Counts decisions.
 
@@ -77,8 +87,10 @@ def count(
         always_on_tokens: tokens at the start whose decisions do not count.
         architecture: says which layers have a window.
         eviction: whether tokens that skip a layer leave no keys there.
+        scored: tokens whose predictions are scored; default: none.
     """
     taken = execute.astype(jnp.float32)
+    asked = jnp.zeros(present.shape, jnp.float32) if scored is None else scored.astype(jnp.float32)
     left = taken if eviction else jnp.broadcast_to(present[:, :, None], taken.shape).astype(jnp.float32)
     keys = jnp.cumsum(left, axis=1)
     window = architecture.sliding_window
@@ -99,6 +111,8 @@ def count(
         flips=jnp.sum(jax.nn.sigmoid(-magnitude) * weights),
         decisions=jnp.sum(weights),
         histogram=jnp.zeros((len(HISTOGRAM_EDGES) - 1,), jnp.float32).at[bins].add(weights.ravel()),
+        scored=jnp.sum(asked),
+        executed_scored=jnp.sum(taken * asked[:, :, None]),
     )
 
 
@@ -123,7 +137,13 @@ def batch_likelihood(
     present = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
     eviction = spec.routing is None or spec.routing.eviction
     counted = count(
-        output.routing.execute, output.routing.logits, present, always_on_tokens, spec.architecture, eviction
+        output.routing.execute,
+        output.routing.logits,
+        present,
+        always_on_tokens,
+        spec.architecture,
+        eviction,
+        scored=jnp.pad(wanted, ((0, 0), (0, 1))),
     )
     return jnp.where(wanted, chosen, 0.0), greedy, counted
 

@@ -74,6 +74,7 @@ class Summary:
     flops_per_token: float
     parts: dict[str, float]
     executed_per_layer: tuple[float, ...]
+    executed_ratio_scored: Estimate | None
     logit_gap: Estimate | None
     flip_rate: Estimate | None
     histogram: Histogram | None
@@ -169,6 +170,7 @@ def _summary(evaluations: Sequence[Evaluation]) -> Summary:
         flops_per_token=estimate([row.flops_per_token for row in rows]).mean,
         parts={part: estimate([evaluation.bytes.get(part, 0) for evaluation in evaluations]).mean for part in parts},
         executed_per_layer=tuple(np.mean(same_depth, axis=0).tolist()) if same_depth else (),
+        executed_ratio_scored=_known(evaluations, lambda evaluation: evaluation.executed_ratio_scored),
         logit_gap=_known(evaluations, lambda evaluation: evaluation.logit_gap_mean),
         flip_rate=_known(evaluations, lambda evaluation: evaluation.flip_rate),
         histogram=merge_histograms([e.gap_histogram for e in evaluations if e.gap_histogram is not None]),

@@ -138,6 +138,7 @@ class Evaluation(_Record):
     point: str = ""
     bytes: dict[str, Amount] = {}
     executed_per_layer: tuple[Share, ...] = ()
+    executed_ratio_scored: Share | None = None
     gap_histogram: Histogram | None = None
     logit_gap_mean: float | None = None
     flip_rate: Share | None = None

@@ -144,6 +144,7 @@ def routing_table(summaries: Sequence[Summary]) -> Table:
                 Cell(place_label(summary)),
                 _number(summary.theta, 3),
                 _number(summary.executed_ratio, 3),
+                _number(summary.executed_ratio_scored, 3),
                 _number(summary.logit_gap, 2),
                 _number(summary.flip_rate, 3),
             )
@@ -154,10 +155,11 @@ def routing_table(summaries: Sequence[Summary]) -> Table:
     ]
     return assemble(
         "Routing",
-        ("format", "method", "θ set for", "θ", "executed ratio", "mean |logit gap|", "flip rate"),
+        ("format", "method", "θ set for", "θ", "executed ratio", "where scored", "mean |logit gap|", "flip rate"),
         sections,
         3,
-        "θ: mean over layers. Executed ratio: share of layers run. Logit gap: distance between a router's two logits. "
+        "θ: mean over layers. Executed ratio: share of layers run; where scored: by the tokens whose predictions are "
+        "scored. Logit gap: distance between a router's two logits. "
         "Flip rate: share of decisions that Gumbel noise turns over.",
     )
 

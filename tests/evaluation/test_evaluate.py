@@ -30,7 +30,7 @@ from qtale_jax.reporting.results import RESULT_KEYS, read_evaluation
 
 pytestmark = pytest.mark.slow
 
-NOTHING = Counted(*(np.zeros(()) for _ in range(7)))
+NOTHING = Counted(*(np.zeros(()) for _ in range(9)))
 
 
 def found(values, tokens) -> Likelihoods:
@@ -116,7 +116,7 @@ def test_sigmoid_of_the_gap_is_the_chance_that_gumbel_noise_flips():
 def test_cost_follows_from_what_was_executed(routed):
     spec, _ = routed
     counted = Counted(
-        np.float32(10), np.array([10.0, 5, 0]), np.array([55.0, 15, 0]), *(np.zeros(()) for _ in range(4))
+        np.float32(10), np.array([10.0, 5, 0]), np.array([55.0, 15, 0]), *(np.zeros(()) for _ in range(6))
     )
     found = cost(spec, counted)
     assert found["executed_per_layer"] == [1.0, 0.5, 0.0]
@@ -167,6 +167,7 @@ def test_an_evaluation_is_what_reports_read(loaded, choices, tmp_path):
     assert row["weight_bytes"] == weight_bytes(loaded.params)["total"] == sum(result["bytes"].values())
     assert set(row["accuracy"]) == {"count", "rank", "mean"}
     assert np.mean(result["executed_per_layer"]) == pytest.approx(row["executed_ratio"])
+    assert 0 < result["executed_ratio_scored"] < 1
     file = tmp_path / "evaluation.json"
     file.write_text(json.dumps(result, allow_nan=False))
     read = read_evaluation(file)

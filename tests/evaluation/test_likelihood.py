@@ -62,10 +62,11 @@ def test_counts_are_those_of_counting_one_by_one(routed, rows, window, eviction)
     spec = spec.model_copy(update={"architecture": architecture, "routing": routing})
     counted = likelihoods(spec, params, rows, inference_policy(spec), batch_size=4).counted
     tokens, executed, keys = 0, np.zeros(3), np.zeros(3)
-    gaps = []
+    gaps, asked = [], []
     for row in rows:
         _, gap, execute = alone(spec, params, row)
         tokens += len(row.ids)
+        asked.append(execute[row.start - 1 : -1])
         executed += execute.sum(0)
         for layer in range(3):
             left = execute if eviction else np.ones_like(execute)
@@ -75,6 +76,7 @@ def test_counts_are_those_of_counting_one_by_one(routed, rows, window, eviction)
     assert counted.tokens == tokens and counted.decisions == len(gaps)
     np.testing.assert_array_equal(counted.executed, executed)
     np.testing.assert_array_equal(counted.keys, keys)
+    assert counted.scored == sum(map(len, asked)) and counted.executed_scored == sum(map(np.sum, asked))
     assert executed[0] == tokens > executed[2] > 0
     assert float(counted.gap) == pytest.approx(sum(gaps), rel=1e-4)
     assert float(counted.flips) == pytest.approx(sum(1 / (1 + np.exp(g)) for g in gaps), rel=1e-4)

@@ -103,6 +103,7 @@ def evaluation(model: str, fmt: tuple, point: tuple[str, float], seed: int, accu
         "point": point[0],
         "bytes": parts,
         "executed_per_layer": [1.0] * LAYERS if dense else shares,
+        "executed_ratio_scored": 1.0 if dense else 0.9 * ratio,
         "gap_histogram": None if dense else histogram,
         "logit_gap_mean": None if dense else gap,
         "flip_rate": None if dense else (0.052 if model == "dllm" else 0.174) + draw.uniform(-0.004, 0.004),

@@ -32,6 +32,7 @@ SUMMARY = Summary(
     flops_per_token=1.0,
     parts={},
     executed_per_layer=(),
+    executed_ratio_scored=None,
     logit_gap=None,
     flip_rate=None,
     histogram=None,
@@ -96,8 +97,9 @@ def test_routing_names_every_format_and_number(summaries):
     row = [row for row in table.rows if row[0].text == "2-bit" and row[1].text == "D-LLM"][-1]
     assert row[3].text == f"{summary.theta.mean:.3f}"
     assert row[4].text.startswith(f"{summary.executed_ratio.mean:.3f} ± ")
-    assert row[5].text.startswith(f"{summary.logit_gap.mean:.2f} ± ")
-    assert row[6].text.startswith(f"{summary.flip_rate.mean:.3f} ± ")
+    assert row[5].text.startswith(f"{summary.executed_ratio_scored.mean:.3f} ± ")
+    assert row[6].text.startswith(f"{summary.logit_gap.mean:.2f} ± ")
+    assert row[7].text.startswith(f"{summary.flip_rate.mean:.3f} ± ")
 
 
 def test_tasks_are_in_percent_with_the_mean_last(summaries):
