@@ -45,8 +45,8 @@ class Counted:
     histogram: Float[Array, " h"]
     scored: Float[Array, ""]
     """Tokens whose prediction of the next one is scored."""
-    executed_scored: Float[Array, ""]
-    """Layers that those executed, summed over them."""
+    executed_scored: Float[Array, " l"]
+    """Those of them that executed each layer."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class Likelihoods:
     @property
     def executed_ratio_scored(self) -> float:
         """The same of the tokens whose predictions are scored: what a token that writes the answer costs."""
-        return float(self.counted.executed_scored / (self.counted.scored * self.counted.executed.shape[0]))
+        counted = self.counted
+        return float(np.sum(counted.executed_scored) / (counted.scored * counted.executed.shape[0]))
 
 
 def count(
@@ -112,7 +113,7 @@ def count(
         decisions=jnp.sum(weights),
         histogram=jnp.zeros((len(HISTOGRAM_EDGES) - 1,), jnp.float32).at[bins].add(weights.ravel()),
         scored=jnp.sum(asked),
-        executed_scored=jnp.sum(taken * asked[:, :, None]),
+        executed_scored=jnp.sum(taken * asked[:, :, None], axis=(0, 1)),
     )
 
 
