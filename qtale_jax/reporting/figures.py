@@ -47,7 +47,7 @@ def standalone(plot: Plot, title: str) -> str:
     height = top + down * high + (down - 1) * _GAP + _MARGIN
     panels = [
         f'<svg x="{_MARGIN + index % across * (wide + _GAP):g}" y="{top + index // across * (high + _GAP):g}"'
-        + panel.removeprefix("<svg")
+        + re.sub(r'(width|height)="([\d.]+)pt"', r'\1="\2"', panel.removeprefix("<svg"), count=2)
         for index, panel in enumerate(plot.panels)
     ]
     body = re.sub(r"var\(--[\w-]+, (#\w+)\)", r"\1", "".join(panels))

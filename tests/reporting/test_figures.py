@@ -18,6 +18,8 @@ SVG = "{http://www.w3.org/2000/svg}"
 def _box(found: ElementTree.Element) -> tuple[float, float, float, float]:
     width, height = map(float, found.get("viewBox", "").split()[2:])
     x, y = float(found.get("x", 0)), float(found.get("y", 0))
+    if "x" in found.attrib:  # one unit of the whole is one unit of a panel
+        assert (found.get("width"), found.get("height")) == (f"{width:g}", f"{height:g}")
     return x, y, x + width, y + height
 
 
