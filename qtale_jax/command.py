@@ -30,7 +30,7 @@ STAGES = {
     "convert": "Hugging Face checkpoint to model directory, and back with --to-hf",
     "train": "train a model from nothing, or fine-tune one with adapters and routers",
     "quantize": "store the linears of a model in few bits: RTN, AWQ, GPTQ, MagR",
-    "calibrate": "find the threshold that gives an executed ratio, or keeps the quality",
+    "calibrate": "find the threshold that gives an executed ratio, keeps the quality, or meets a speed",
     "evaluate": "measure accuracy, perplexity, executed ratio and cost of a model",
     "generate": "continue prompts",
     "serve": "answer requests over HTTP, in the form of the OpenAI API, many at a time",

@@ -19,7 +19,7 @@ def dry_run(config: Config) -> None:
     jobs = plan(config)
     facts, waiting = {}, [step for job in jobs for step in job.steps if not is_done(step)]
     if config.model.path is not None:
-        check(waiting, config.model.path)
+        check(waiting, config.model.path, config.experiment.quantizers)
     for job in jobs:
         left = Counter(step.stage for step in job.steps if step in waiting)
         facts[job.name] = ", ".join(f"{count} × {stage}" for stage, count in left.items()) or "done before"
@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     jobs = plan(config)
     if config.model.path is not None:  # a base that is still to be trained is checked with the configuration
-        check([step for job in jobs for step in job.steps if not is_done(step)], config.model.path)
+        steps = [step for job in jobs for step in job.steps if not is_done(step)]
+        check(steps, config.model.path, config.experiment.quantizers)
     execute(jobs, config)
     report.run_stage(config)
 

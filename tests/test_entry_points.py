@@ -96,7 +96,12 @@ CASES = [
     ("train", ["data.length=5"], "data.length=5", "longer"),
     ("quantize", ["quantize.model=nowhere"], "nowhere", ""),
     ("quantize", ["quantize.model=models"], "models", ""),
-    ("quantize", [f"quantize.model={DENSE}", "quantize.group_size=16"], "group_size=16", "nearest is 12"),
+    (
+        "quantize",
+        [f"quantize.model={DENSE}", "quantize.group_size=16"],
+        "group_size=16",
+        "allowed: quantize.group_size=8, or",
+    ),
     ("quantize", [f"quantize.model={DENSE}", f"quantize.output={ROUTED}"], ROUTED, "exist"),
     ("calibrate", [f"calibrate.model={DENSE}", "calibrate.output=new"], "no routers", "dense"),
     ("calibrate", [f"calibrate.model={ROUTED}", "calibrate.output=new"], "calibrate.examples=512", "only 3 rows"),

@@ -77,8 +77,11 @@ def test_five_commands_lead_to_a_routed_model_in_4_bits_and_its_report(folder, c
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("experiment.quantizers.1.group_size=100", r"experiment.quantizers: group_size=100 .* nearest is 128$"),
-        ("data.held_out=0.1", r"experiment.quantizers: statistics.examples=128, .* only 64 .*raise data.held_out"),
+        (
+            "experiment.quantizers.1.group_size=100",
+            r"^experiment.quantizers.1.group_size=100 .* allowed: experiment.quantizers.1.group_size=128, or ",
+        ),
+        ("data.held_out=0.1", r"experiment.quantizers.1.statistics.examples=128, .* only 64 .*raise data.held_out"),
         ("calibrate.examples=200", r"calibrate.examples=200, .* only 128 rows; raise data.held_out or lower it"),
     ],
 )

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qtale_jax.artifact import LoadedModel
-from qtale_jax.calibration.threshold import Found, search_quality, search_ratio
+from qtale_jax.calibration.latency import LatencyTable, decoding_shares
+from qtale_jax.calibration.threshold import Found, OutOfReach, search_budget, search_quality, search_ratio
 from qtale_jax.config.schema import Config
 from qtale_jax.data.records import Choice, Record, is_continuous
 from qtale_jax.data.sources import read
@@ -52,8 +53,12 @@ def calibration_rows(records: list[Record], tokenizer: Any, config: Config) -> t
     return likelihood_rows(records, tokenizer, config, config.calibrate.examples), None
 
 
-def search(model: LoadedModel, config: Config, records: list[Record]) -> Found:
-    """Finds theta for a loaded, routed model."""
+def search(model: LoadedModel, config: Config, records: list[Record], table: LatencyTable | None = None) -> Found:
+    """Finds theta for a loaded, routed model.
+
+    Raises:
+        InputError: no theta up to `calibrate.max_threshold` meets the budget.
+    """
     settings, spec = config.calibrate, model.spec
     params = layout(spec, model.params)
     choices = [record for record in records if isinstance(record, Choice)]
@@ -66,6 +71,20 @@ def search(model: LoadedModel, config: Config, records: list[Record]) -> Found:
             settings.tolerance,
             settings.max_threshold,
         )
+    if settings.objective == "budget":
+        assert table is not None and spec.routing is not None, "measured before"
+        lengths, always_on_tokens = [len(row.ids) for row in rows], spec.routing.always_on_tokens
+
+        def predicted(theta: float) -> tuple[float, float]:
+            found = likelihoods(spec, params, rows, inference_policy(spec, theta), **batch)
+            counted = found.counted
+            shares = decoding_shares(counted.executed, float(counted.tokens), lengths, always_on_tokens)
+            return table.step_seconds(shares), found.executed_ratio
+
+        try:
+            return search_budget(predicted, config.budget.seconds, settings.tolerance, settings.max_threshold)
+        except OutOfReach as error:
+            raise InputError(_out_of_reach(config, table, error)) from None
 
     def quality(theta: float) -> tuple[float, float]:
         found = likelihoods(spec, params, rows, inference_policy(spec, theta), **batch)
@@ -74,6 +93,21 @@ def search(model: LoadedModel, config: Config, records: list[Record]) -> Found:
         return 100 * score_choices(choices, owners, found, config.evaluate.normalize).mean, found.executed_ratio
 
     return search_quality(quality, settings.within)
+
+
+def _out_of_reach(config: Config, table: LatencyTable, error: OutOfReach) -> str:
+    assert config.budget.asked is not None, "checked with the objective"
+    name, value = config.budget.asked
+    if name == "tokens_per_second":
+        low, high, bound = table.rows / error.slowest, table.rows / error.fastest, "up to"
+    else:
+        low, high, bound = 1000 * error.slowest, 1000 * error.fastest, "from"
+    rows, highest = f"{table.rows} row{'s' if table.rows > 1 else ''}", config.calibrate.max_threshold
+    return (
+        f"budget.{name}={value:g} is out of reach for {rows} after {table.context} tokens on {table.hardware}: "
+        f"predicted are {low:.4g} at theta 0 to {high:.4g} at calibrate.max_threshold={highest:g}; "
+        f"allowed: {bound} {high:.4g}"
+    )
 
 
 def check_calibrated(spec: ModelSpecification, tokenizer: Any) -> RoutingSpecification:
@@ -89,15 +123,21 @@ def check_calibrated(spec: ModelSpecification, tokenizer: Any) -> RoutingSpecifi
     return spec.routing
 
 
-def calibrate(model: LoadedModel, config: Config) -> tuple[LoadedModel, Found]:
+def calibrate(model: LoadedModel, config: Config, table: LatencyTable | None = None) -> tuple[LoadedModel, Found]:
     """Returns the model with theta for its bit width, and how it was found.
 
+    Args:
+        model: a routed model.
+        config: data, calibrate and budget.
+        table: what speed is predicted from; needed where the objective is a budget.
+
     Raises:
-        InputError: the model is dense, has no tokenizer, or there is too little calibration data.
+        InputError: the model is dense, has no tokenizer, there is too little calibration data, or the budget is out of
+            reach.
     """
     spec, routing = model.spec, check_calibrated(model.spec, model.tokenizer)
     records = calibration_records(config)
-    found, settings, bits = search(model, config, records), config.calibrate, str(spec.bits)
+    found, settings, bits = search(model, config, records, table), config.calibrate, str(spec.bits)
     note = {
         "objective": settings.objective,
         "ratio": settings.ratio if settings.objective == "ratio" else found.ratio,
@@ -107,6 +147,8 @@ def calibrate(model: LoadedModel, config: Config) -> tuple[LoadedModel, Found]:
         "data": {"kind": config.data.kind, "split": "calibration", "sha256": _digest(records)},
         "path": [list(point) for point in found.path],
     }
+    if table is not None:
+        note["budget"] = _budget_note(config, table, found)
     routing = routing.model_copy(
         update={
             "thresholds": {**routing.thresholds, bits: (found.theta,) * len(spec.routed_layers)},
@@ -114,3 +156,18 @@ def calibrate(model: LoadedModel, config: Config) -> tuple[LoadedModel, Found]:
         }
     )
     return dataclasses.replace(model, spec=spec.model_copy(update={"routing": routing})), found
+
+
+def _budget_note(config: Config, table: LatencyTable, found: Found) -> dict[str, Any]:
+    """What was asked for and what is predicted, at theta and along the path."""
+    assert config.budget.asked is not None, "checked with the objective"
+    name, value = config.budget.asked
+    return {
+        name: value,
+        "batch_size": table.rows,
+        "context": table.context,
+        "hardware": table.hardware,
+        "predicted_tokens_per_second": table.tokens_per_second(found.step_seconds),
+        "predicted_milliseconds_per_token": 1000 * found.step_seconds,
+        "path_tokens_per_second": [table.tokens_per_second(seconds) for seconds in found.seconds],
+    }

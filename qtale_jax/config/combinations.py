@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from qtale_jax.errors import mended_group_size
+
 if TYPE_CHECKING:
     from qtale_jax.config.schema import Config
 
@@ -19,6 +21,7 @@ def check_combinations(config: Config) -> None:
     _check_trainable(config)
     _check_drop(config)
     _check_rouge(config)
+    _check_budget(config)
     if config.model.path is None:
         _check_architecture(config)
 
@@ -54,6 +57,20 @@ def _check_rouge(config: Config) -> None:
     if not evaluate.rouge and evaluate.max_new_tokens != type(evaluate).model_fields["max_new_tokens"].default:
         raise ValueError(
             f"evaluate.max_new_tokens={evaluate.max_new_tokens} would do nothing without evaluate.rouge=true"
+        )
+
+
+def _check_budget(config: Config) -> None:
+    objective, asked = config.calibrate.objective, config.budget.asked
+    if objective == "budget" and asked is None:
+        raise ValueError(
+            "calibrate.objective='budget' needs the speed that is asked for; "
+            "allowed: budget.tokens_per_second or budget.milliseconds_per_token with it"
+        )
+    if objective != "budget" and asked is not None:
+        raise ValueError(
+            f"budget.{asked[0]}={asked[1]:g} would do nothing with calibrate.objective={objective!r}; "
+            "allowed: calibrate.objective=budget"
         )
 
 
@@ -97,7 +114,7 @@ def _check_architecture(config: Config) -> None:
         if undivided:
             raise ValueError(
                 f"{key}={group_size} does not divide the {undivided[0]} inputs of a linear; "
-                f"allowed: -1, or a divisor of {', '.join(map(str, inputs))}"
+                + mended_group_size(key, group_size, inputs)
             )
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from qtale_jax.config.budget import BudgetConfig
 from qtale_jax.config.combinations import check_combinations
 from qtale_jax.config.section import Bits, Fraction, GroupSize, Many, NotNegative, Positive, Section, Seed
 from qtale_jax.config.serving import ServeConfig
@@ -412,14 +413,17 @@ class CalibrateConfig(Section):
 
     model: str | None = Field(default=None, description="model directory to read; default: the quantized one")
     output: str | None = Field(default=None, description="model directory to write; default: <model>-calibrated")
-    objective: Literal["ratio", "quality"] = Field(
-        default="ratio", description="ratio: hit it; quality: smallest ratio near the best"
+    objective: Literal["ratio", "quality", "budget"] = Field(
+        default="ratio",
+        description="ratio: hit it; quality: smallest ratio near the best; budget: largest that is fast enough",
     )
     ratio: Fraction = Field(default=0.5, description="executed share asked for: all tokens, all layers")
     within: NotNegative = Field(
         default=0.5, description="quality: accuracy points (or percent of nats) that may be lost against the best"
     )
-    tolerance: float = Field(default=0.005, gt=0, description="accepted distance from the asked share")
+    tolerance: float = Field(
+        default=0.005, gt=0, description="accepted distance from the asked share, or from the largest in the budget"
+    )
     examples: Positive = Field(default=512, description="calibration examples")
     max_threshold: Fraction = Field(default=0.999, description="upper end of the search")
 
@@ -551,6 +555,7 @@ class Config(Section):
     mesh: MeshConfig = Field(default=MeshConfig(), description="devices")
     quantize: QuantizeConfig = Field(default=QuantizeConfig(), description="quantization")
     calibrate: CalibrateConfig = Field(default=CalibrateConfig(), description="threshold")
+    budget: BudgetConfig = Field(default=BudgetConfig(), description="speed that theta is calibrated for")
     evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="evaluation")
     harness: HarnessConfig = Field(default=HarnessConfig(), description="lm-evaluation-harness")
     generate: GenerateConfig = Field(default=GenerateConfig(), description="generation")

@@ -241,6 +241,7 @@ def default_point(spec: ModelSpecification, theta: float | None) -> str:
     """How theta came about: given, calibrated to a ratio, or the one of training."""
     calibration = spec.routing.calibration.get(str(spec.bits)) if spec.routing and theta is None else None
     if calibration:
-        return f"ratio {calibration['ratio']:.2f}" if calibration["objective"] == "ratio" else "quality"
+        objective = calibration["objective"]
+        return f"ratio {calibration['ratio']:.2f}" if objective == "ratio" else objective
     values = (theta,) if theta is not None else spec.thresholds or (0.5,)
     return f"threshold {np.mean(values):.2f}"

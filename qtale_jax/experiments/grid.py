@@ -125,7 +125,8 @@ def _measure(config: Config, grid: ExperimentConfig, method: str, model: Path) -
         for ratio in points.ratios:
             calibrated = folder / f"{name}-ratio{ratio:g}"
             settings = {"model": str(target), "output": str(calibrated), "objective": "ratio", "ratio": ratio}
-            steps.append(_step(config, "calibrate", calibrated, {"calibrate": settings}))
+            nothing = dict.fromkeys(("tokens_per_second", "milliseconds_per_token"))
+            steps.append(_step(config, "calibrate", calibrated, {"calibrate": settings, "budget": nothing}))
             steps.append(_evaluation(config, method, calibrated, f"{label}-ratio{ratio:g}"))
     return steps
 

@@ -1,16 +1,17 @@
 """What later jobs of an experiment would stumble over, found before the first one starts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from qtale_jax.artifact import StoredModel
 from qtale_jax.calibration.calibrate import calibration_records
+from qtale_jax.config.schema import QuantizeConfig
 from qtale_jax.errors import InputError
 from qtale_jax.experiments.grid import Step
 from qtale_jax.quantization.calibration_rows import calibration_rows
 from qtale_jax.quantization.formats import formats_of
 
 
-def check(steps: Iterable[Step], base: str) -> None:
+def check(steps: Iterable[Step], base: str, quantizers: Sequence[QuantizeConfig]) -> None:
     """Checks the steps that quantize and calibrate against the model that all methods start from, and against the data.
 
     Group sizes, rules and the number of calibration rows do not depend on training, so nobody has to wait for it.
@@ -18,6 +19,7 @@ def check(steps: Iterable[Step], base: str) -> None:
     Args:
         steps: those that are still to be done.
         base: model directory that is there already. Methods that take layers out of it have fewer, of the same shape.
+        quantizers: those of the experiment: an error names the one that it is about.
 
     Raises:
         InputError: as the steps would, with the keys as an experiment has them.
@@ -38,4 +40,5 @@ def check(steps: Iterable[Step], base: str) -> None:
                 if quantizer.sees_activations and not generated:
                     calibration_rows(config, model.spec, model.tokenizer)
         except InputError as error:
-            raise InputError(str(error).replace("quantize.", "experiment.quantizers: ")) from error
+            key = f"experiment.quantizers.{quantizers.index(quantizer)}." if quantizer in quantizers else "quantize."
+            raise InputError(str(error).replace("quantize.", key)) from error

@@ -19,16 +19,22 @@ def formats_of(spec: ModelSpecification, config: QuantizeConfig) -> dict[str, Te
     layers = range(spec.architecture.num_layers)
     names = [f"{layer}/{name}" for layer in layers for name in LINEARS]
     _check_rules(config.rules, names)
-    formats = {}
+    formats, keys = {}, {name: _group_size_key(name, config) for name in names}
+    inputs: dict[str, set[int]] = {}
+    for name, key in keys.items():
+        if _format(name, config) is not None:
+            inputs.setdefault(key, set()).add(spec.architecture.linear_shape(name.split("/")[1])[0])
     for layer in layers:
         # A dense model has no routers, and is quantized beside routed ones by the same settings.
         if config.router_bits != 16 and layer in spec.layers_with_router:
             formats[f"{layer}/router"] = _plain(config)
         for name in LINEARS:
-            format = _format(f"{layer}/{name}", config)
+            full = f"{layer}/{name}"
+            format = _format(full, config)
             if format is not None:
-                validate(format, spec.architecture.linear_shape(name)[0], f"linear '{layer}/{name}'")
-                formats[f"{layer}/{name}"] = format
+                width, key = spec.architecture.linear_shape(name)[0], keys[full]
+                validate(format, width, f"linear {full!r}", key, inputs[key])
+                formats[full] = format
     if not formats.keys() & set(names):
         raise InputError("quantize.rules leave every linear in floating point; allowed: rules for some of them")
     return formats | _ends(spec, config)
@@ -51,6 +57,15 @@ def _format(name: str, config: QuantizeConfig) -> TensorFormat | None:
     if settings["bits"] == 16:
         return None
     return TensorFormat(**settings, scale_dtype=config.scale_dtype, activation_bits=config.activation_bits)
+
+
+def _group_size_key(name: str, config: QuantizeConfig) -> str:
+    """The configuration key that says the group size of a linear."""
+    key = "quantize.group_size"
+    for index, rule in enumerate(config.rules):
+        if rule.group_size is not None and fnmatchcase(name, rule.match):
+            key = f"quantize.rules.{index}.group_size"
+    return key
 
 
 def _plain(config: QuantizeConfig) -> TensorFormat:

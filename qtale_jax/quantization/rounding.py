@@ -4,13 +4,14 @@ A weight is w ~= (q - z) * s with signed integers q in [-2^(b-1), 2^(b-1) - 1] a
 group of inputs and output channel. All arithmetic is float32.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from qtale_jax.errors import InputError
+from qtale_jax.errors import InputError, mended_group_size
 from qtale_jax.models.specification import TensorFormat
 
 
@@ -22,18 +23,25 @@ class Rounded(NamedTuple):
     zero_points: Int8[Array, "g o"] | None
 
 
-def validate(format: TensorFormat, inputs: int, name: str, key: str = "quantize.group_size") -> None:
-    """Checks that the groups divide the inputs of linear `name`; `key` is where the group size was given.
+def validate(
+    format: TensorFormat, inputs: int, name: str, key: str = "quantize.group_size", others: Collection[int] = ()
+) -> None:
+    """Checks that the groups divide the inputs of a linear.
+
+    Args:
+        format: of the linear.
+        inputs: of the linear.
+        name: of the linear.
+        key: where the group size was given.
+        others: inputs of the other linears that the key counts for: what is proposed suits them, too.
 
     Raises:
-        InputError: names the linear, the group size and the number of inputs.
+        InputError: names the linear, the group size, the number of inputs, and values of the key that would do.
     """
     if format.group_size != -1 and (format.group_size <= 0 or inputs % format.group_size):
-        divisors = [size for size in range(1, inputs + 1) if inputs % size == 0]
-        closest = min(divisors, key=lambda size: abs(size - format.group_size))
         raise InputError(
             f"{key}={format.group_size} does not divide the {inputs} inputs of {name}; "
-            f"allowed: -1 (one group) or a divisor, the nearest is {closest}"
+            + mended_group_size(key, format.group_size, {inputs, *others})
         )
 
 

@@ -155,10 +155,11 @@ def check_quantized(config: Config, spec: ModelSpecification) -> None:
 
 def _check_formats(config: Config, architecture: Architecture) -> None:
     """The groups of every format that is trained for divide the inputs of every linear."""
-    for format in formats_of(config.train.quantization_aware):
-        for name in LINEARS:
-            key = "train.quantization_aware.formats: group_size"
-            validate(format, architecture.linear_shape(name)[0], name, key)
+    inputs = {name: architecture.linear_shape(name)[0] for name in LINEARS}
+    for index, format in enumerate(formats_of(config.train.quantization_aware)):
+        for name, width in inputs.items():
+            key = f"train.quantization_aware.formats.{index}.group_size"
+            validate(format, width, f"linear {name!r}", key, inputs.values())
 
 
 def prepare(config: Config, mesh: Mesh, key: jax.Array) -> Start:

@@ -114,7 +114,9 @@ def test_refuses_what_does_not_fit_the_model(make_routed, routed, tied):
     refused(spec, f"quantize.rules.1.match='2/*' matches no linear; {names}", rules=[RULES[1], {"match": "2/*"}])
     refused(spec, "rules.0.match='query' matches no linear", rules=[{"match": "query", "bits": 8}])
     refused(spec, "group_size=32 does not divide the 48 inputs of linear '0/down'", group_size=32)
-    refused(spec, "the 48 inputs of linear '1/down'", group_size=16, rules=[{"match": "1/down", "group_size": 20}])
+    refused(spec, "; allowed: quantize.group_size=16, or quantize.group_size=-1 (one group)", group_size=32)
+    rules = [{"match": "1/down", "group_size": 20}]
+    refused(spec, "the 48 inputs of linear '1/down'; allowed: quantize.rules.0.group_size=16, or", rules=rules)
     refused(spec, "every linear in floating point", rules=[{"match": "*", "bits": 16}], embedding_bits=8)
     assert formats_of(dense, QuantizeConfig(router_bits=8)) == formats_of(dense, QuantizeConfig())
     refused(tied[0], "quantize.head_bits=8: the model's head is its embedding; use quantize.embedding", head_bits=8)

@@ -191,8 +191,14 @@ def test_straight_through_in_a_scan_over_layers(weight):
 def test_groups_must_divide_the_inputs():
     validate(TensorFormat(bits=4), 30, "key")
     validate(TensorFormat(bits=4, group_size=15), 30, "key")
-    with pytest.raises(InputError, match="group_size=16 does not divide the 30 inputs of key.*nearest is 15"):
+    with pytest.raises(
+        InputError, match=r"group_size=16 does not divide the 30 inputs of key; allowed: \S+_size=15, or"
+    ):
         validate(TensorFormat(bits=4, group_size=16), 30, "key")
+    with pytest.raises(InputError, match=r"allowed: a\.b=10, or a\.b=-1 \(one group\)$"):  # it divides the others, too
+        validate(TensorFormat(bits=4, group_size=16), 30, "key", "a.b", [20, 30])
+    with pytest.raises(InputError, match=r"allowed: a\.b=-1 \(one group\)$"):
+        validate(TensorFormat(bits=4, group_size=16), 30, "key", "a.b", [7])
     with pytest.raises(InputError, match="group_size=0"):
         validate(TensorFormat(bits=4, group_size=0), 30, "key")
 

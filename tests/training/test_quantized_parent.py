@@ -92,6 +92,8 @@ def test_groups_to_train_for_have_to_divide_the_linears_of_the_parent(configured
     parent = Path(configured("parent").output) / "trained"
     train_section = {"quantization_aware": {"formats": [{"bits": 4}, {"bits": 2, "group_size": 7}]}}
     config = configured("undivided", model={"path": str(parent)}, train=train_section)
-    with pytest.raises(InputError, match=r"^train\.quantization_aware\.formats: group_size=7 does not divide the 16"):
+    with pytest.raises(
+        InputError, match=r"^train\.quantization_aware\.formats\.1\.group_size=7 does not divide the 16"
+    ):
         train(config, quiet=True)
     assert not Path(config.output).exists()
