@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ def search(model: LoadedModel, config: Config, records: list[Record], table: Lat
         def predicted(theta: float) -> tuple[float, float]:
             found = likelihoods(spec, params, rows, inference_policy(spec, theta), **batch)
             counted = found.counted
-            shares = decoding_shares(counted.executed, float(counted.tokens), lengths, always_on_tokens)
+            shares = decoding_shares(np.asarray(counted.executed), float(counted.tokens), lengths, always_on_tokens)
             return table.step_seconds(shares), found.executed_ratio
 
         try:
@@ -99,15 +100,23 @@ def _out_of_reach(config: Config, table: LatencyTable, error: OutOfReach) -> str
     assert config.budget.asked is not None, "checked with the objective"
     name, value = config.budget.asked
     if name == "tokens_per_second":
-        low, high, bound = table.rows / error.slowest, table.rows / error.fastest, "up to"
+        low, high = table.rows / error.slowest, table.rows / error.fastest
+        allowed = f"up to {_rounded(high, math.floor):.4g}"
     else:
-        low, high, bound = 1000 * error.slowest, 1000 * error.fastest, "from"
+        low, high = 1000 * error.slowest, 1000 * error.fastest
+        allowed = f"{_rounded(high, math.ceil):.4g} or more"
     rows, highest = f"{table.rows} row{'s' if table.rows > 1 else ''}", config.calibrate.max_threshold
     return (
         f"budget.{name}={value:g} is out of reach for {rows} after {table.context} tokens on {table.hardware}: "
         f"predicted are {low:.4g} at theta 0 to {high:.4g} at calibrate.max_threshold={highest:g}; "
-        f"allowed: {bound} {high:.4g}"
+        f"allowed: {allowed}"
     )
+
+
+def _rounded(value: float, whole: Callable[[float], int]) -> float:
+    """Four digits of a positive number, rounded to the side that can be reached."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 3)
+    return whole(value / unit) * unit
 
 
 def check_calibrated(spec: ModelSpecification, tokenizer: Any) -> RoutingSpecification:

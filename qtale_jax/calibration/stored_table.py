@@ -34,8 +34,9 @@ def table_path(folder: Path, spec: ModelSpecification, config: Config) -> Path:
     """
     found, dtype = versions(), jnp.dtype(config.train.compute_dtype)
     parts = [hardware(), {name: found[name] for name in TIMED}, model_digest(spec, dtype)]
-    parts += [config.budget.batch_size, measured_context(spec, config.budget)]
-    return folder / FOLDER / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}.json"
+    rows, context = config.budget.batch_size, measured_context(spec, config.budget)
+    digest = hashlib.sha256(json.dumps([*parts, rows, context]).encode()).hexdigest()
+    return folder / FOLDER / f"rows{rows}-context{context}-{digest[:12]}.json"
 
 
 def latency_table(model: LoadedModel, config: Config, folder: Path) -> tuple[LatencyTable, Path, bool]:
