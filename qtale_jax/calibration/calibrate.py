@@ -74,12 +74,14 @@ def search(model: LoadedModel, config: Config, records: list[Record], table: Lat
         )
     if settings.objective == "budget":
         assert table is not None and spec.routing is not None, "measured before"
-        lengths, always_on_tokens = [len(row.ids) for row in rows], spec.routing.always_on_tokens
+        always_on_tokens = spec.routing.always_on_tokens
+        scored = [(row.start - 1, len(row.ids) - 1) for row in rows]  # what writes a response, token by token
 
         def predicted(theta: float) -> tuple[float, float]:
             found = likelihoods(spec, params, rows, inference_policy(spec, theta), **batch)
             counted = found.counted
-            shares = decoding_shares(np.asarray(counted.executed), float(counted.tokens), lengths, always_on_tokens)
+            executed, tokens = np.asarray(counted.executed_scored), float(counted.scored)
+            shares = decoding_shares(executed, tokens, scored, always_on_tokens)
             return table.step_seconds(shares), found.executed_ratio
 
         try:

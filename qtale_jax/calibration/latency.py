@@ -107,17 +107,20 @@ def size_probabilities(shares: Float[np.ndarray, " l"], sizes: Sequence[int]) ->
 
 
 def decoding_shares(
-    executed: Float[np.ndarray, " l"], tokens: float, lengths: Sequence[int], always_on_tokens: int
+    executed: Float[np.ndarray, " l"],
+    tokens: float,
+    spans: Sequence[tuple[int, int]],
+    always_on_tokens: int,
 ) -> Float[np.ndarray, " l"]:
     """Share of tokens that execute each layer among those that are routed, as new tokens are.
 
     Args:
         executed: tokens that executed each layer.
-        tokens: all tokens.
-        lengths: tokens of each row.
+        tokens: all of them.
+        spans: where they stand in their rows: the position of the first one, and the one after the last.
         always_on_tokens: first tokens of a row, which execute everything.
     """
-    initial = sum(min(length, always_on_tokens) for length in lengths)
+    initial = sum(max(0, min(end, always_on_tokens) - start) for start, end in spans)
     if tokens <= initial:  # nothing was routed, so nothing is known: the slowest case
         return np.ones(len(executed))
     return np.clip((executed - initial) / (tokens - initial), 0.0, 1.0)

@@ -118,11 +118,13 @@ def test_a_budget_out_of_reach_gives_the_range():
     assert (caught.value.slowest, caught.value.fastest) == (2.0, 1.0)
 
 
-def test_first_tokens_do_not_count_as_new_ones_do_not_either():
-    # Rows of 10, 6 and 1 tokens: 2 + 2 + 1 of them execute everything, 12 are routed.
+def test_first_tokens_that_execute_everything_are_left_out():
+    # Of rows of 10, 6 and 1 tokens 2 + 2 + 1 execute everything; 12 are routed.
     executed = np.array([17.0, 5.0, 11.0])
-    np.testing.assert_allclose(decoding_shares(executed, 17.0, [10, 6, 1], 2), [1.0, 0.0, 0.5])
-    np.testing.assert_array_equal(decoding_shares(np.full(3, 4.0), 4.0, [2, 2], 2), np.ones(3))
+    np.testing.assert_allclose(decoding_shares(executed, 17.0, [(0, 10), (0, 6), (0, 1)], 2), [1.0, 0.0, 0.5])
+    # Of those that count one is among the first two.
+    np.testing.assert_allclose(decoding_shares(np.array([5.0, 3.0]), 5.0, [(1, 4), (5, 7)], 2), [1.0, 0.5])
+    np.testing.assert_array_equal(decoding_shares(np.full(3, 4.0), 4.0, [(0, 2), (0, 2)], 2), np.ones(3))
 
 
 @given(tables())
