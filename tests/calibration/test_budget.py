@@ -12,12 +12,16 @@ import pytest
 import yaml
 
 from qtale_jax import calibrate, command
-from qtale_jax.artifact import read_model_json, save_model
+from qtale_jax.artifact import LoadedModel, read_model_json, save_model
+from qtale_jax.calibration import calibrate as calibration
 from qtale_jax.calibration import measuring
+from qtale_jax.calibration.latency import LatencyTable, LayerSeconds
 from qtale_jax.calibration.measuring import layers_by_make, measure, measured_context, model_digest
 from qtale_jax.config.budget import BudgetConfig
+from qtale_jax.config.schema import Config
 from qtale_jax.data import reasoning
 from qtale_jax.errors import InputError
+from qtale_jax.evaluation.likelihood import Counted, Likelihoods, Row
 from qtale_jax.models.decoder import initialize
 from qtale_jax.models.specification import (
     Architecture,
@@ -148,6 +152,43 @@ def test_what_cannot_be_is_said_before_anything_is_measured(run, tmp_path, overr
     code, out, err = run("calibrate.output=new", *overrides)
     assert (code, out, len(err)) == (2, "", 1) and message in err[0]
     assert not (tmp_path / "new").exists() and not (tmp_path / "latency").exists()
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"milliseconds_per_token": 2.0}, r"predicted are 5 at theta 0 to 2\.2 at .*=0\.5; allowed: 2\.2 or more$"),
+        ({"tokens_per_second": 2000.0}, r"predicted are 800 at theta 0 to 1818 at .*=0\.5; allowed: up to 1818$"),
+        ({"milliseconds_per_token": 3.0}, None),
+    ],
+)
+def test_speed_follows_the_tokens_that_write_responses(budget, message, monkeypatch):
+    config = Config.model_validate(
+        {"calibrate": {"objective": "budget", "max_threshold": 0.5}, "budget": {"batch_size": 4, **budget}}
+    )
+    step = (0.0, 0.0005, 0.001, 0.0015, 0.002)
+    table = LatencyTable("chip", {}, "", 4, 8, 1, (0, 1, 2, 3, 4), 0.001, 0.0, 0.0, (LayerSeconds((1, 2), step),))
+
+    def counted(spec, params, rows, policy, **settings) -> Likelihoods:
+        # Two rows of 8 tokens of which 5 write: routed layers execute 10, 8, .. 3 of them, and everything else.
+        writing = np.array([10.0, *np.round(10 - 14 * np.asarray(policy.threshold))])
+        zero = np.zeros(())
+        sums = Counted(np.float32(16), 6 + writing, zero, zero, zero, zero, zero, np.float32(10), writing)
+        return Likelihoods(np.zeros(2), np.ones(2), np.zeros(2, bool), sums)
+
+    rows = [Row(range(8), 3)] * 2
+    monkeypatch.setattr(calibration, "likelihoods", counted)
+    monkeypatch.setattr(calibration, "calibration_rows", lambda *_: (rows, None))
+    monkeypatch.setattr(calibration, "layout", lambda spec, params: params)
+    model = LoadedModel(SPEC, {}, None, {})
+    if message:
+        with pytest.raises(InputError, match=message):
+            calibration.search(model, config, [], table)
+        return
+    found = calibration.search(model, config, [], table)
+    # 5 of 10 tokens execute a layer: 1 ms + 2 * 0.5 * 2 ms.
+    assert found.ratio == pytest.approx((3 * 6 + 10 + 5 + 5) / 48)
+    assert table.tokens_per_second(found.step_seconds) == pytest.approx(4 / 0.003)
 
 
 def test_layers_of_one_make_are_measured_together():
