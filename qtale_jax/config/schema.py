@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from qtale_jax.config.combinations import check_combinations
+from qtale_jax.config.distributed import DistributedConfig
 from qtale_jax.config.section import Bits, Fraction, GroupSize, Many, NotNegative, Positive, Section, Seed
 from qtale_jax.config.serving import ServeConfig
 
@@ -549,6 +550,7 @@ class Config(Section):
     data: DataConfig = Field(default=DataConfig(), description="data")
     train: TrainConfig = Field(default=TrainConfig(), description="training")
     mesh: MeshConfig = Field(default=MeshConfig(), description="devices")
+    distributed: DistributedConfig = Field(default=DistributedConfig(), description="processes")
     quantize: QuantizeConfig = Field(default=QuantizeConfig(), description="quantization")
     calibrate: CalibrateConfig = Field(default=CalibrateConfig(), description="threshold")
     evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="evaluation")
