@@ -59,10 +59,10 @@ class Watch:
         self._client, self._process, self._processes, self._timeout_s = client, process, processes, timeout_s
         self._period = min(max(timeout_s / 20, 0.5), 2.0)
         self._stopping, self._leaving = threading.Event(), threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="qtale_jax watch", daemon=True)
+        self._thread = threading.Thread(target=self.listen, name="qtale_jax watch", daemon=True)
 
     def start(self) -> None:
-        """Starts to speak and to listen."""
+        """Speaks and listens in the background."""
         self._thread.start()
 
     def stop(self) -> None:
@@ -87,7 +87,8 @@ class Watch:
             self._tell(Failure(f"{self._name(self._process)}: {own.text}", own.code))
         self._exit(failure or own)
 
-    def _run(self) -> None:
+    def listen(self) -> None:
+        """Speaks and listens until it is stopped, or ends this process."""
         heard: Heard = {}
         for beat in itertools.count():
             try:
