@@ -127,7 +127,7 @@ def wait_for_all(what: str) -> None:
         return
     name = f"qtale_jax/{next(_Run.meetings)}/{what}"
     try:
-        distributed.global_state.client.wait_at_barrier(name, int(1000 * _Run.timeout_s))
+        _client().wait_at_barrier(name, int(1000 * _Run.timeout_s))
     except RuntimeError as error:
         raise ProcessesError(_late(what, error)) from error
 
@@ -141,7 +141,7 @@ def from_first(what: str, value: Any) -> Any:
     if jax.process_count() == 1:
         return value
     name = f"qtale_jax/{next(_Run.meetings)}/{what}"
-    client = distributed.global_state.client
+    client = _client()
     try:
         if is_first():
             client.key_value_set(name, json.dumps(value))
@@ -149,6 +149,10 @@ def from_first(what: str, value: Any) -> Any:
         return json.loads(client.blocking_key_value_get(name, int(1000 * _Run.timeout_s)))
     except RuntimeError as error:
         raise ProcessesError(_late(what, error)) from error
+
+
+def _client() -> Any:
+    return distributed.global_state.client
 
 
 def _late(what: str, error: RuntimeError) -> str:

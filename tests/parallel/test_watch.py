@@ -45,14 +45,14 @@ def store() -> Store:
     return Store()
 
 
-def fail(watch: Watch, error: BaseException) -> int:
+def fail(watch: Watch, error: BaseException) -> int | str | None:
     """The code that a process leaves with for an error of its own."""
     with pytest.raises(SystemExit) as stop:
         watch.fail(error)
     return stop.value.code
 
 
-def listen(watch: Watch) -> int:
+def listen(watch: Watch) -> int | str | None:
     """The code that a process leaves with for what it hears."""
     with pytest.raises(SystemExit) as stop:
         watch.listen()
