@@ -6,9 +6,12 @@ In one process nothing here does anything, so that callers need not ask how many
 import itertools
 import json
 import logging
+import os
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax._src import distributed  # the key-value store and the barriers of jax.distributed have no public name
@@ -36,7 +39,8 @@ def processes(config: DistributedConfig) -> Iterator[None]:
     for an `InputError`, 1 for others.
 
     Raises:
-        InputError: no cluster is known, or the processes did not all come within `timeout_s`.
+        InputError: no cluster is known, or the coordinator refuses. A process that waits for others longer than
+            `timeout_s` says so and ends with code 2.
     """
     if not config.enabled:
         yield
@@ -59,6 +63,9 @@ def processes(config: DistributedConfig) -> Iterator[None]:
 def _join(config: DistributedConfig) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     explicit = None not in (config.coordinator, config.processes, config.process_id)
+    late = threading.Timer(config.timeout_s, _not_all_came, (config.timeout_s,))  # JAX would abort without a word
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(
             config.coordinator,
@@ -66,7 +73,7 @@ def _join(config: DistributedConfig) -> None:
             config.process_id,
             # What a cluster would add is which devices are this process's; those who say everything mean all.
             cluster_detection_method="deactivate" if explicit else None,
-            initialization_timeout=config.timeout_s,
+            initialization_timeout=config.timeout_s + 30,
             # The watch is to be first, since it can say what happened.
             heartbeat_timeout_seconds=2 * config.timeout_s + 30,
             shutdown_timeout_seconds=config.timeout_s,
@@ -77,12 +84,20 @@ def _join(config: DistributedConfig) -> None:
             "allowed: distributed.coordinator=HOST:PORT, distributed.processes and distributed.process_id"
         ) from error
     except RuntimeError as error:
-        if "DEADLINE_EXCEEDED" not in str(error):
-            raise InputError(f"distributed: the processes cannot meet: {str(error).splitlines()[0][:200]}") from error
-        raise InputError(
-            f"distributed.timeout_s={config.timeout_s}: not all processes came within this time; "
-            f"coordinator {distributed.global_state.coordinator_address}"
-        ) from error
+        raise InputError(f"distributed: the processes cannot meet: {str(error).splitlines()[0][:200]}") from error
+    finally:
+        late.cancel()
+
+
+def _not_all_came(timeout_s: int) -> NoReturn:
+    """Ends this process, whose main thread waits inside JAX."""
+    print(
+        f"error: distributed.timeout_s={timeout_s}: not all processes came within this time to the coordinator, "
+        f"{distributed.global_state.coordinator_address}",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)
 
 
 @contextmanager
