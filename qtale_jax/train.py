@@ -13,7 +13,7 @@ def run_stage(config: Config, *, quiet: bool = False) -> Path:
 
     Raises:
         InputError: bad input, another run's output, or a loss that is not finite.
-        training.loop.Interrupted: SIGTERM; the state has been saved.
+        training.stopping.Interrupted: SIGTERM; the state has been saved.
     """
     from qtale_jax.training.loop import train
 
@@ -21,24 +21,30 @@ def run_stage(config: Config, *, quiet: bool = False) -> Path:
 
 
 def dry_run(config: Config) -> None:
-    """Prints model, data, sizes and steps of the run."""
+    """Prints model, data, sizes and steps of the run; several processes meet first, to know their devices."""
+    from qtale_jax.parallel.processes import is_first, processes
     from qtale_jax.reporting.dry_run import print_dry_run
     from qtale_jax.training import plan
 
-    print_dry_run("train", plan.facts(config, plan.plan(config)), [Path(config.output) / "trained"])
+    with processes(config.distributed):
+        found = plan.plan(config)
+        if is_first():
+            print_dry_run("train", plan.facts(config, found), [Path(config.output) / "trained"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains as configured; the same command continues a run that was interrupted."""
     config = parse("train", STAGES["train"], argv, dry_run)
-    from qtale_jax.training.loop import Interrupted
+    from qtale_jax.parallel.processes import is_first, processes
+    from qtale_jax.training.stopping import Interrupted
 
-    try:
-        path = run_stage(config)
-    except Interrupted as interruption:
-        print(interruption, file=sys.stderr)
-        return
-    print(path)
+    with processes(config.distributed):
+        try:
+            said, stream = run_stage(config), sys.stdout
+        except Interrupted as interruption:
+            said, stream = interruption, sys.stderr
+        if is_first():
+            print(said, file=stream)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ What has to be set before JAX starts is set in the environment here, at import; 
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -140,3 +142,69 @@ def run_module(tmp_path: Path, process_environment) -> RunModule:
         )
 
     return run
+
+
+class Together:
+    """Processes that run side by side, what they print in files."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.running = folder, []
+
+    def start(self, command: list[str], environment: dict[str, str]) -> None:
+        out, err = ((self.folder / f"{len(self.running)}.{name}").open("w") for name in ("out", "err"))
+        with out, err:
+            self.running.append(
+                subprocess.Popen(
+                    command, cwd=self.folder, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err
+                )
+            )
+
+    def output(self, process: int) -> str:
+        return (self.folder / f"{process}.out").read_text()
+
+    def errors(self, process: int) -> str:
+        return (self.folder / f"{process}.err").read_text()
+
+    def until(self, condition: Callable[[], bool], timeout: float = 300) -> None:
+        """Waits for something that happens while all are running."""
+        end = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < end and all(process.poll() is None for process in self.running), self.logs()
+            time.sleep(0.02)
+
+    def wait(self, timeout: float = 300) -> list[int]:
+        """The exit codes."""
+        try:
+            return [process.wait(timeout) for process in self.running]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running:\n{self.logs()}") from None
+
+    def logs(self) -> str:
+        return "\n".join(f"-- process {index}:\n{self.errors(index)}" for index in range(len(self.running)))
+
+
+@pytest.fixture
+def together(tmp_path_factory) -> Iterator[Callable[[], Together]]:
+    """Makes groups of processes that run side by side; what is left of them at the end is killed."""
+    groups = []
+
+    def make() -> Together:
+        groups.append(Together(tmp_path_factory.mktemp("together")))
+        return groups[-1]
+
+    yield make
+    for process in (process for group in groups for process in group.running):
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    """Finds a port that nothing listens on."""
+
+    def find() -> int:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            return found.getsockname()[1]
+
+    return find

@@ -7,11 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
 from qtale_jax.errors import InputError
+from qtale_jax.parallel.processes import from_first, is_first, wait_for_all
 
 
 def refuse_existing(path: str | Path) -> None:
@@ -45,19 +42,19 @@ def new_directory(
     path = Path(path).absolute()
     if not (overwrite and replaceable(path)):
         refuse_existing(path)
-    token = _shared_token()
+    token = from_first(f"name of {path.name}", uuid.uuid4().hex[:8])
     temporary = path.with_name(f".{path.name}.{token}.tmp")
-    first = jax.process_index() == 0
+    first = is_first()
     try:
         if first:
             _create(temporary)
-        _wait("created", token)
+        wait_for_all(f"{path.name} created")
         yield temporary
-        _wait("written", token)
+        wait_for_all(f"{path.name} written")
         if first:
             flush(temporary)
             _replace(path, temporary, token)
-        _wait("renamed", token)
+        wait_for_all(f"{path.name} renamed")
     finally:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -78,18 +75,6 @@ def _replace(path: Path, temporary: Path, token: str) -> None:
     temporary.rename(path)
     _flush_directory(path.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _shared_token() -> str:
-    number = np.uint32(uuid.uuid4().int & 0xFFFFFFFF)
-    if jax.process_count() > 1:
-        number = multihost_utils.broadcast_one_to_all(number)
-    return f"{int(number):08x}"
-
-
-def _wait(what: str, token: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"{what}-{token}")
 
 
 def flush(root: Path) -> None:

@@ -17,6 +17,7 @@ from qtale_jax.artifact.integrity import check_contents, check_files, record_fil
 from qtale_jax.artifact.tokenizer import check_tokenizer, load_tokenizer, save_tokenizer
 from qtale_jax.models.decoder import Parameters, abstract_parameters
 from qtale_jax.models.specification import ModelSpecification
+from qtale_jax.parallel.processes import is_first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +63,7 @@ def save_model(
     _check_parameters(flat, expected)
     with new_directory(path, overwrite=overwrite, replaceable=lambda old: (old / "model.json").is_file()) as directory:
         write_arrays(directory / "arrays", {name: flat[name] for name in expected})
-        if jax.process_index() == 0:
+        if is_first():
             if tokenizer is not None:
                 save_tokenizer(tokenizer, directory)
             files = record_files(directory / "arrays")

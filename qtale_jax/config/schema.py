@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from qtale_jax.config.budget import BudgetConfig
 from qtale_jax.config.combinations import check_combinations
+from qtale_jax.config.distributed import DistributedConfig
 from qtale_jax.config.section import Bits, Fraction, GroupSize, Many, NotNegative, Positive, Section, Seed
 from qtale_jax.config.serving import ServeConfig
 
@@ -553,6 +554,7 @@ class Config(Section):
     data: DataConfig = Field(default=DataConfig(), description="data")
     train: TrainConfig = Field(default=TrainConfig(), description="training")
     mesh: MeshConfig = Field(default=MeshConfig(), description="devices")
+    distributed: DistributedConfig = Field(default=DistributedConfig(), description="processes")
     quantize: QuantizeConfig = Field(default=QuantizeConfig(), description="quantization")
     calibrate: CalibrateConfig = Field(default=CalibrateConfig(), description="threshold")
     budget: BudgetConfig = Field(default=BudgetConfig(), description="speed that theta is calibrated for")

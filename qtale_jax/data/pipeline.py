@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import grain
 import numpy as np
+from jaxtyping import Int
 
 from qtale_jax.config.schema import Config
 from qtale_jax.data.rows import Rows, build_rows, empty_like
@@ -16,15 +17,21 @@ from qtale_jax.data.tokens import examples
 
 log = logging.getLogger(__name__)
 
+Part = Int[np.ndarray, " rows"] | slice
+"""Which rows of every global batch."""
+
+WHOLE = slice(None)
+
 
 class Pipeline:
     """An iterator over this process's part of every global batch.
 
-    `get_state` / `set_state` save and restore the position; the state is JSON. The training split repeats for ever,
-    reshuffled in every epoch; the others pass once, and the last batch is filled up with padding rows.
+    `get_state` / `set_state` save and restore the position; the state is JSON, and the same in all processes. The
+    training split repeats for ever, reshuffled in every epoch; the others pass once, and the last batch is filled up
+    with padding rows.
     """
 
-    def __init__(self, rows: Rows, iterator: Any, part: slice):
+    def __init__(self, rows: Rows, iterator: Any, part: Part):
         self._rows, self._iterator, self._part = rows, iterator, part
 
     @property
@@ -77,8 +84,7 @@ def build_pipeline(
     *,
     split: str,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    part: Part = WHOLE,
     seed: int = 0,
 ) -> Pipeline:
     """Builds the pipeline of one split.
@@ -88,20 +94,16 @@ def build_pipeline(
         tokenizer: of the model.
         split: "train" repeats and shuffles; "calibration", "validation" and "test" do neither.
         batch_size: rows of the global batch.
-        process_index: which part of it: rows [i B / n, (i + 1) B / n).
-        process_count: number of parts; has to divide the batch.
+        part: which of them this process gets.
         seed: of the order of the training split.
 
     Raises:
         InputError: bad data.
-        ValueError: `process_count` does not divide `batch_size`.
     """
-    if batch_size % process_count:
-        raise ValueError(f"{process_count} processes do not divide a batch of {batch_size} rows")
-    return from_rows(load_rows(config, tokenizer, split), split, batch_size, process_index, process_count, seed)
+    return from_rows(load_rows(config, tokenizer, split), split, batch_size, seed, part)
 
 
-def from_rows(rows: Rows, split: str, batch_size: int, process_index: int, process_count: int, seed: int) -> Pipeline:
+def from_rows(rows: Rows, split: str, batch_size: int, seed: int, part: Part = WHOLE) -> Pipeline:
     """The pipeline over rows that are laid out already."""
     count = len(rows["tokens"])
     if split == "train":
@@ -109,6 +111,5 @@ def from_rows(rows: Rows, split: str, batch_size: int, process_index: int, proce
     else:
         indices = grain.MapDataset.source([i if i < count else -1 for i in range(-(-count // batch_size) * batch_size)])
     batched = indices.batch(batch_size, drop_remainder=True)
-    share = batch_size // process_count
     iterator = iter(batched.to_iter_dataset(grain.ReadOptions(num_threads=0)))
-    return Pipeline(rows, iterator, slice(process_index * share, (process_index + 1) * share))
+    return Pipeline(rows, iterator, part)

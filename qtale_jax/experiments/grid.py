@@ -28,7 +28,8 @@ class Step:
 
     def fingerprint(self) -> str:
         """Identifies what was asked for: equal fingerprints need not run again."""
-        asked = {name: value for name, value in resolve(self.config).items() if name != "experiment"}
+        aside = ("experiment", "distributed")
+        asked = {name: value for name, value in resolve(self.config).items() if name not in aside}
         text = json.dumps([self.stage, asked, self.parent], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -48,6 +49,8 @@ def plan(config: Config) -> list[Job]:
     Raises:
         InputError: there is nothing to start from, or an override is wrong.
     """
+    if config.distributed.enabled:
+        raise InputError("distributed.enabled=true: an experiment runs in one process; allowed: train with it")
     root, jobs, last_looks = Path(config.output), [], []
     if config.experiment.base is None:
         base, base_needs, base_parent = str(config.model.path), (), _document(config.model.path)

@@ -72,7 +72,7 @@ PEAK_BF16 = {
 @functools.lru_cache(maxsize=1)
 def peak_flops() -> float:
     """Peak FLOP/s of all devices together: data sheet where known, otherwise a float32 matmul measured once."""
-    device, count = jax.devices()[0], jax.device_count()
+    device, count = jax.local_devices()[0], jax.device_count()
     names = [name for name in PEAK_BF16 if device.device_kind.startswith(name)]
     if names:
         return PEAK_BF16[max(names, key=len)] * count
@@ -83,5 +83,5 @@ def peak_flops() -> float:
     start = time.perf_counter()
     for _ in range(3):
         multiply(matrix, matrix).block_until_ready()
-    # Forced host devices share the cores, so the machine's rate is one device's rate.
-    return 3 * 2.0 * size**3 / (time.perf_counter() - start)
+    # Forced host devices share the cores, so the rate of a process is one device's rate.
+    return jax.process_count() * 3 * 2.0 * size**3 / (time.perf_counter() - start)

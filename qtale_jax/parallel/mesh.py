@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from qtale_jax.config.schema import MeshConfig
 from qtale_jax.errors import InputError
@@ -47,6 +48,16 @@ def shardings(mesh: Mesh, axes: Any, abstract: Any) -> Any:
     return jax.tree.map(
         lambda names, leaf: sharding(mesh, names, leaf.shape), axes, abstract, is_leaf=lambda x: isinstance(x, tuple)
     )
+
+
+def rows_held(mesh: Mesh, batch_size: int, devices: list | None = None) -> Int[np.ndarray, " rows"]:
+    """The rows of a global batch that `devices` (default: those of this process) hold, in ascending order.
+
+    They need not be next to each other, and processes that share their place on the data axes hold the same ones.
+    """
+    placed = NamedSharding(mesh, partition_spec(("batch",))).devices_indices_map((batch_size,))
+    held = [placed[device] for device in (jax.local_devices() if devices is None else devices) if device in placed]
+    return np.unique([np.arange(batch_size)[index] for index in held])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

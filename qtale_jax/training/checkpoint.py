@@ -9,6 +9,8 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from qtale_jax.artifact import saving_context
+from qtale_jax.errors import InputError
+from qtale_jax.parallel.processes import from_first, wait_for_all
 from qtale_jax.training.step import TrainState
 
 # Orbax reports every save and load through absl; what matters here is raised or printed by the loop.
@@ -18,10 +20,16 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 class Checkpoints:
     """Numbered checkpoints in one directory: the newest `keep`, and the best by validation metric (lower is better).
 
-    A checkpoint that was being written when the process died has a temporary name; it is removed on opening.
+    A checkpoint that was being written when the process died has a temporary name; it is removed on opening. All
+    processes of a run open, save, restore and close together.
     """
 
     def __init__(self, directory: Path, keep: int):
+        """Opens the directory, which is made if need be.
+
+        Raises:
+            InputError: the processes of a run do not see the same checkpoints.
+        """
         policies = ocp.training.preservation_policies
         best = policies.BestN(
             n=1, get_metric_fn=lambda metrics: -metrics["validation"], keep_checkpoints_without_metrics=False
@@ -33,6 +41,12 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             context=saving_context(),
         )
+        newest = from_first("the newest checkpoint", self.latest)
+        if newest != self.latest:
+            raise InputError(
+                f"{directory}: the newest checkpoint is {self.latest} here and {newest} in the first process; "
+                "allowed: an output folder on a file system that all processes share"
+            )
 
     @property
     def latest(self) -> int | None:
@@ -55,5 +69,6 @@ class Checkpoints:
         return loaded["state"], json.loads(loaded["data"]["position"])
 
     def close(self) -> None:
-        """Waits for the last save."""
+        """Waits for the last save, in all processes."""
         self._checkpointer.close()
+        wait_for_all("checkpoints closed")

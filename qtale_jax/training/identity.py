@@ -7,6 +7,7 @@ from pathlib import Path
 from qtale_jax.config import resolve
 from qtale_jax.config.schema import Config
 from qtale_jax.errors import InputError
+from qtale_jax.parallel.processes import is_first, wait_for_all
 
 SECTIONS = ("seed", "model", "routing", "lora", "data", "train")
 FREE = {
@@ -64,13 +65,29 @@ def check_claim(directory: Path, config: Config) -> bool:
 def claim(directory: Path, config: Config) -> None:
     """Records the identity of a run in its folder, or checks that it is the same as the one recorded there.
 
+    Of several processes the first one records, and the others check that they have come for the same run.
+
     Raises:
-        InputError: as `check_claim`.
+        InputError: as `check_claim`, or the processes do not share the folder.
     """
-    if not check_claim(directory, config):
-        return
     file = directory / "run.json"
-    directory.mkdir(parents=True, exist_ok=True)
+    wait_for_all("run.json")  # nothing is written before all have checked their input
+    if not is_first():
+        wait_for_all("run.json is written")
+        if not file.exists():
+            raise InputError(
+                f"{file}, which the first process wrote, is not there; "
+                "allowed: an output folder on a file system that all processes share"
+            )
+        check_claim(directory, config)
+        return
+    if check_claim(directory, config):
+        _record(file, config)
+    wait_for_all("run.json is written")
+
+
+def _record(file: Path, config: Config) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(run_identity(config), indent=1))
     temporary.rename(file)

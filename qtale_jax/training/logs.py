@@ -4,6 +4,7 @@ import json
 import math
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from qtale_jax.parallel.processes import is_first
 from qtale_jax.training.wandb_log import WandbLog
 
 
@@ -104,3 +106,26 @@ class RunLog:
             shown = ("loss", "cross_entropy", "executed_ratio", "flip_rate", "validation", "steps_per_second")
             text = "  ".join(f"{name} {row[name]:.4g}" for name in shown if isinstance(row.get(name), float))
             print(f"step {step}/{self._total}  {text}", file=sys.stderr, flush=True)
+
+
+class NoLog:
+    """The log of the processes that leave logging to the first."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        return None
+
+    def advance(self, step: int, rate: str) -> None:
+        """Does nothing."""
+
+    def write(self, step: int, row: dict[str, Any], plain: bool = True) -> None:
+        """Does nothing."""
+
+
+def open_log(
+    directory: Path, total: int, resumed: int, quiet: bool, wandb: Callable[[], WandbLog | None]
+) -> RunLog | NoLog:
+    """The log of this process; `wandb` is asked for a W&B run only where there is one."""
+    return RunLog(directory, total, resumed, quiet, wandb()) if is_first() else NoLog()

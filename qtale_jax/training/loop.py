@@ -1,8 +1,7 @@
 """The training loop, one story from top to bottom: mesh, model, data, step, resume, loop, model directory."""
 
+import functools
 import math
-import signal
-import threading
 import time
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 from qtale_jax.artifact import lineage, save_model
 from qtale_jax.config import resolve
 from qtale_jax.config.schema import Config
-from qtale_jax.data.pipeline import build_pipeline, from_rows, load_rows
+from qtale_jax.data.pipeline import Pipeline, build_pipeline, from_rows, load_rows
 from qtale_jax.errors import InputError
 from qtale_jax.models.cost import peak_flops, training_flops_per_token
 from qtale_jax.models.forward import forward
@@ -21,23 +20,21 @@ from qtale_jax.models.lora import merge_lora
 from qtale_jax.models.policy import Dense, Thresholded
 from qtale_jax.models.stacking import unstack_layers
 from qtale_jax.parallel.axes import partition_spec
-from qtale_jax.parallel.mesh import build_mesh
+from qtale_jax.parallel.mesh import build_mesh, replicated, rows_held
+from qtale_jax.parallel.processes import check_joined, from_first, is_first, together
 from qtale_jax.training import objective
 from qtale_jax.training.checkpoint import Checkpoints
 from qtale_jax.training.identity import claim
-from qtale_jax.training.logs import RunLog, flat_numbers, memory_bytes
+from qtale_jax.training.logs import flat_numbers, memory_bytes, open_log
 from qtale_jax.training.optimizer import build_optimizer, nest
 from qtale_jax.training.start import Start, place_state, prepare, state_shardings
 from qtale_jax.training.step import Batch, TrainState, TrainStep
+from qtale_jax.training.stopping import Interrupted, stop_signal
 from qtale_jax.training.wandb_log import WandbLog, import_wandb
 
 
 class NonFiniteLoss(InputError):
     """The loss or its gradient stopped being a number."""
-
-
-class Interrupted(Exception):
-    """SIGTERM arrived; the state has been saved."""
 
 
 def sharded_batch(mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray]) -> Batch:
@@ -54,7 +51,7 @@ def build_validation(config: Config, start: Start, mesh: jax.sharding.Mesh):
     spec = start.spec
     policy = Thresholded(jnp.asarray(spec.thresholds, jnp.float32)) if spec.routing else Dense()
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def batch_nats(trainable, frozen, batch):
         output = forward(
             spec,
@@ -76,8 +73,8 @@ def build_validation(config: Config, start: Start, mesh: jax.sharding.Mesh):
     def validate(trainable, frozen) -> float | None:
         if rows is None:
             return None
-        batch_size, processes = config.train.batch_size, jax.process_count()
-        pipeline = from_rows(rows, "validation", batch_size, jax.process_index(), processes, config.seed)
+        batch_size = config.train.batch_size
+        pipeline = from_rows(rows, "validation", batch_size, config.seed, rows_held(mesh, batch_size))
         sums = []
         for _, batch in zip(range(config.train.evaluate_batches), pipeline, strict=False):
             sums.append(batch_nats(trainable, frozen, sharded_batch(mesh, batch)))
@@ -87,17 +84,11 @@ def build_validation(config: Config, start: Start, mesh: jax.sharding.Mesh):
     return validate
 
 
-def pipeline_for(config: Config, start: Start, split: str):
+def pipeline_for(config: Config, start: Start, split: str, mesh: jax.sharding.Mesh) -> Pipeline:
     """The data pipeline of this process."""
-    return build_pipeline(
-        config,
-        start.tokenizer,
-        split=split,
-        batch_size=config.train.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        seed=config.seed,
-    )
+    size = config.train.batch_size
+    part = rows_held(mesh, size)
+    return build_pipeline(config, start.tokenizer, split=split, batch_size=size, part=part, seed=config.seed)
 
 
 def total_steps(config: Config, rows: int) -> int:
@@ -108,7 +99,7 @@ def total_steps(config: Config, rows: int) -> int:
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Refuses what only the machine tells: a microbatch that the data axes do not divide, a tracker that is missing."""
-    if config.train.wandb_project is not None:
+    if config.train.wandb_project is not None and is_first():
         import_wandb()
     rows, ways = config.train.batch_size // config.train.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % ways:
@@ -126,16 +117,17 @@ def train(config: Config, *, quiet: bool = False) -> Path:
         Interrupted: SIGTERM; the state has been saved.
     """
     output = Path(config.output)
+    check_joined()
     mesh = build_mesh(config.mesh)
     check(config, mesh)
     key = jax.random.key(config.seed)
     peak_flops()  # measured once, on one device, before the mesh claims them all
     with jax.set_mesh(mesh):
         start = prepare(config, mesh, jax.random.fold_in(key, 1))
-        pipeline = pipeline_for(config, start, "train")
+        pipeline = pipeline_for(config, start, "train", mesh)
         steps = total_steps(config, pipeline.size)
         claim(output, config)
-        if (output / "trained").exists():
+        if from_first("whether it is finished", (output / "trained").exists()):
             return output / "trained"
         optimizer = build_optimizer(config.train.optimizer, steps)
         state = place_state(start, optimizer, mesh)
@@ -144,7 +136,8 @@ def train(config: Config, *, quiet: bool = False) -> Path:
             state, position = checkpoints.restore(checkpoints.latest, state)
             pipeline.set_state(position)
         try:
-            state = run(config, start, mesh, steps, state, pipeline, optimizer, checkpoints, key, quiet)
+            with together(Interrupted, NonFiniteLoss):
+                state = run(config, start, mesh, steps, state, pipeline, optimizer, checkpoints, key, quiet)
         finally:  # however the run ends, a checkpoint that is being written is finished
             checkpoints.close()
         write_model(config, start, state, steps)
@@ -161,61 +154,51 @@ def run(config, start, mesh, steps, state, pipeline, optimizer, checkpoints, key
     step_function = jax.jit(
         TrainStep(spec, config, optimizer, steps),
         donate_argnums=0,
-        out_shardings=(state_shardings(start, optimizer, mesh), None),
+        out_shardings=(state_shardings(start, optimizer, mesh), replicated(mesh)),
     )
     validate = build_validation(config, start, mesh)
     flops, peak = training_flops_per_token(spec, config.data.length), peak_flops()
-    stop = threading.Event()
-    previous = _on_sigterm(stop)
-    done, tokens = int(state.step), 0
+    done, tokens = int(state.step), 0.0
     clock, since = time.perf_counter(), done
     route_key = jax.random.fold_in(key, 2)
-    try:
-        with RunLog(Path(config.output), steps, done, quiet, _wandb(config)) as log:
-            while done < steps:
-                batch = next(pipeline)
-                state, metrics = step_function(state, start.frozen, teacher, sharded_batch(mesh, batch), route_key)
-                done += 1
-                tokens += int(np.count_nonzero(batch["segment_ids"])) * jax.process_count()
-                last, validation = done == steps, None
-                evaluating = last or (settings.evaluate_every and done % settings.evaluate_every == 0)
-                log.advance(done, f"{(done - since) / (time.perf_counter() - clock):.1f} steps/s")
-                if done % settings.log_every == 0 or evaluating:
-                    row = flat_numbers(metrics)
-                    _refuse_non_finite(int(state.bad_step))
-                    elapsed = time.perf_counter() - clock
-                    row |= {
-                        "tokens_per_second": tokens / elapsed,
-                        "steps_per_second": (done - since) / elapsed,
-                        "model_flop_utilization": flops * tokens / elapsed / peak,
-                        "memory_bytes": memory_bytes(),
-                    }
-                    if evaluating:
-                        validation = row["validation"] = validate(state.trainable, start.frozen)
-                    log.write(done, row)
-                    clock, since, tokens = time.perf_counter(), done, 0
-                if done % settings.checkpoint_every == 0 or last or stop.is_set():
-                    _refuse_non_finite(int(state.bad_step))
-                    checkpoints.save(done, state, pipeline.get_state(), validation)
-                if stop.is_set() and not last:
-                    raise Interrupted(f"SIGTERM: saved after step {done} of {steps}; the same command continues")
-    finally:
-        signal.signal(signal.SIGTERM, previous) if previous is not None else None
+    log = open_log(Path(config.output), steps, done, quiet, functools.partial(_wandb, config))
+    with stop_signal() as stopping, log:
+        while done < steps:
+            batch = next(pipeline)
+            state, metrics = step_function(state, start.frozen, teacher, sharded_batch(mesh, batch), route_key)
+            done += 1
+            here = len(batch["tokens"]) / settings.batch_size  # the share of the batch that this process has
+            tokens += np.count_nonzero(batch["segment_ids"]) / here
+            last, stop, validation = done == steps, stopping(done), None
+            evaluating = last or (settings.evaluate_every and done % settings.evaluate_every == 0)
+            log.advance(done, f"{(done - since) / (time.perf_counter() - clock):.1f} steps/s")
+            if done % settings.log_every == 0 or evaluating:
+                row = flat_numbers(metrics)
+                _refuse_non_finite(int(state.bad_step))
+                elapsed = time.perf_counter() - clock
+                row |= {
+                    "tokens_per_second": tokens / elapsed,
+                    "steps_per_second": (done - since) / elapsed,
+                    "model_flop_utilization": flops * tokens / elapsed / peak,
+                    "memory_bytes": memory_bytes(),
+                }
+                if evaluating:
+                    validation = row["validation"] = validate(state.trainable, start.frozen)
+                log.write(done, row)
+                clock, since, tokens = time.perf_counter(), done, 0.0
+            if done % settings.checkpoint_every == 0 or last or stop:
+                _refuse_non_finite(int(state.bad_step))
+                checkpoints.save(done, state, pipeline.get_state(), validation)
+            if stop and not last:
+                raise Interrupted(f"SIGTERM: saved after step {done} of {steps}; the same command continues")
     return state
 
 
 def _wandb(config: Config) -> WandbLog | None:
-    """The W&B run that is logged to, if any; one process of many does."""
-    if config.train.wandb_project is None or jax.process_index() > 0:
+    """The W&B run that is logged to, if any."""
+    if config.train.wandb_project is None:
         return None
     return WandbLog(Path(config.output), config.train.wandb_project, resolve(config))
-
-
-def _on_sigterm(stop: threading.Event):
-    """Asks the loop to save and leave; only the main thread may install handlers."""
-    if threading.current_thread() is not threading.main_thread():
-        return None
-    return signal.signal(signal.SIGTERM, lambda *_: stop.set())
 
 
 def _refuse_non_finite(bad_step: int) -> None:
@@ -237,7 +220,8 @@ def write_model(config: Config, start: Start, state: TrainState, steps: int) -> 
     params = unstack_layers(spec, nest(trained, start.frozen))
     if config.train.merge_lora:
         spec, params = merge_lora(spec, params)
-    facts = {"config": resolve(config), "seed": config.seed, "steps": steps}
+    settings = {name: section for name, section in resolve(config).items() if name != "distributed"}
+    facts = {"config": settings, "seed": config.seed, "steps": steps}
     if config.model.path is None:
         provenance = {"stage": "train", "parent": None, **facts}
     else:

@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from qtale_jax.artifact import load_model, read_model_json
 from qtale_jax.config.schema import ArchitectureConfig, Config
@@ -178,17 +179,25 @@ def prepare(config: Config, mesh: Mesh, key: jax.Array) -> Start:
 def _stack_on_mesh(spec: ModelSpecification, params: Parameters, placed: Parameters) -> Parameters:
     """Stacks layers leaf by leaf, each straight into its shards; layers are let go as their leaves are stacked."""
     layers = {index: flatten(layer) for index, layer in params.pop("layers").items()}
-    whole = {name: jax.tree.map(jax.device_put, tree, placed[name]) for name, tree in params.items()}
+    whole = {name: jax.tree.map(_place, tree, placed[name]) for name, tree in params.items()}
     stacked = {}
     for name, indices in stacks(spec).items():
         targets = flatten(placed["layers"][name])
         leaves = {}
         for path, target in targets.items():
             parts = [layers[index].pop(path) for index in indices]
-            parts = [part if part.committed else jax.device_put(part, replicated(target.mesh)) for part in parts]
+            parts = [part if part.committed else _place(part, replicated(target.mesh)) for part in parts]
             leaves[path] = jax.jit(_stack, out_shardings=target)(parts)
         stacked[name] = nest(leaves)
     return {**whole, "layers": stacked}
+
+
+def _place(leaf: jax.Array, target: NamedSharding) -> jax.Array:
+    """Puts an array into its shards; each process cuts what it computed itself, and has computed the same as others."""
+    if leaf.committed or jax.process_count() == 1:
+        return jax.device_put(leaf, target)
+    values = np.asarray(leaf)
+    return jax.make_array_from_callback(leaf.shape, target, lambda index: values[index])
 
 
 def _stack(parts: list[jax.Array]) -> jax.Array:

@@ -33,7 +33,7 @@ def same(left, right) -> bool:
 
 def test_training_passes_over_everything_in_every_epoch_in_another_order(rows):
     # 22 rows in batches of 8: four epochs are eleven batches.
-    order = firsts(take(from_rows(rows, "train", BATCH, 0, 1, seed=0), 11))
+    order = firsts(take(from_rows(rows, "train", BATCH, seed=0), 11))
     epochs = [order[i * COUNT : (i + 1) * COUNT] for i in range(4)]
     assert all(sorted(epoch) == list(range(1, COUNT + 1)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
@@ -41,34 +41,32 @@ def test_training_passes_over_everything_in_every_epoch_in_another_order(rows):
 
 def test_the_seed_decides_the_order(rows):
     def order(seed: int) -> list[int]:
-        return firsts(take(from_rows(rows, "train", BATCH, 0, 1, seed), 3))
+        return firsts(take(from_rows(rows, "train", BATCH, seed), 3))
 
     assert order(3) == order(3) != order(4)
 
 
 @pytest.mark.parametrize("done", [0, 1, 2, 3, 7])
 def test_a_resumed_pipeline_continues_identically(rows, done):
-    whole = from_rows(rows, "train", BATCH, 0, 1, seed=5)
+    whole = from_rows(rows, "train", BATCH, seed=5)
     take(whole, done)
     state = json.loads(json.dumps(whole.get_state()))
-    resumed = from_rows(rows, "train", BATCH, 0, 1, seed=5)
+    resumed = from_rows(rows, "train", BATCH, seed=5)
     take(resumed, 2)  # where it was before does not matter
     resumed.set_state(state)
     assert same(take(resumed, 6), take(whole, 6))
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_share_the_global_batch(rows, split, processes):
-    whole = take(from_rows(rows, split, BATCH, 0, 1, seed=1), 3)
-    parts = [take(from_rows(rows, split, BATCH, i, processes, seed=1), 3) for i in range(processes)]
-    joined = [{name: np.concatenate([part[b][name] for part in parts]) for name in whole[b]} for b in range(3)]
-    assert same(joined, whole)
-    assert all(len(part[0]["tokens"]) == BATCH // processes for part in parts)
+@pytest.mark.parametrize("part", [[0, 1, 2, 3], [4, 5], [1, 6]], ids=str)
+def test_a_process_gets_its_rows_of_the_global_batch(rows, split, part):
+    whole = take(from_rows(rows, split, BATCH, seed=1), 3)
+    mine = take(from_rows(rows, split, BATCH, 1, np.asarray(part)), 3)
+    assert same(mine, [{name: array[part] for name, array in batch.items()} for batch in whole])
 
 
 def test_other_splits_pass_once_and_pad_the_last_batch(rows):
-    batches = list(from_rows(rows, "test", BATCH, 0, 1, seed=9))
+    batches = list(from_rows(rows, "test", BATCH, seed=9))
     assert len(batches) == 3 and all(batch["tokens"].shape == (BATCH, 4) for batch in batches)
     assert firsts(batches) == [*range(1, COUNT + 1), 0, 0]
     for array in batches[-1].values():
@@ -78,9 +76,9 @@ def test_other_splits_pass_once_and_pad_the_last_batch(rows):
 
 def test_a_set_smaller_than_a_batch(rows):
     few = {name: array[:3] for name, array in rows.items()}
-    (batch,) = from_rows(few, "calibration", BATCH, 0, 1, seed=0)
+    (batch,) = from_rows(few, "calibration", BATCH, seed=0)
     assert firsts([batch]) == [1, 2, 3, 0, 0, 0, 0, 0]
-    assert set(firsts(take(from_rows(few, "train", BATCH, 0, 1, seed=0), 1))) == {1, 2, 3}
+    assert set(firsts(take(from_rows(few, "train", BATCH, seed=0), 1))) == {1, 2, 3}
 
 
 def test_from_file_to_batches(letters, tmp_path, config_of):
@@ -92,8 +90,6 @@ def test_from_file_to_batches(letters, tmp_path, config_of):
     assert batch["tokens"].shape == (2, 16) and batch["weights"].sum() > 0
     assert batch["segment_ids"].max() > 1
     assert 1 < pipeline.size < 8  # rows, as packed
-    with pytest.raises(ValueError, match="3 processes do not divide a batch of 8"):
-        build_pipeline(config, letters, split="train", batch_size=8, process_count=3)
 
 
 def test_cut_examples_are_counted_in_the_log(letters, tmp_path, config_of, caplog):

@@ -11,7 +11,7 @@ from qtale_jax.models.decoder import abstract_parameters, logical_axes
 from qtale_jax.models.specification import Architecture, LoraSpecification, ModelSpecification, RoutingSpecification
 from qtale_jax.models.stacking import stack_layers
 from qtale_jax.parallel.axes import AXES, RULES, constrain, partition_spec
-from qtale_jax.parallel.mesh import build_mesh, replicated, sharding, shardings
+from qtale_jax.parallel.mesh import build_mesh, replicated, rows_held, sharding, shardings
 
 SPEC = ModelSpecification(
     architecture=Architecture(
@@ -101,3 +101,13 @@ def test_constraint_leaves_whole_what_the_mesh_does_not_divide():
     with jax.set_mesh(build_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
         found = jax.jit(lambda x: constrain(x, "batch", "length", "activation_vocab"))(x)
     assert (found == x).all()
+
+
+def test_processes_hold_the_rows_of_their_devices():
+    """Halves of the devices, as two processes would have them: next to each other, or every other one."""
+    devices, mesh = jax.devices(), build_mesh(MeshConfig(data=4, tensor=2))
+    assert rows_held(mesh, 8).tolist() == list(range(8))
+    assert rows_held(mesh, 8, devices[:4]).tolist() == [0, 1, 2, 3]
+    assert rows_held(mesh, 8, [*devices[:2], *devices[4:6]]).tolist() == [0, 1, 4, 5]
+    # The tensor axis lies across them: both hold all rows.
+    assert rows_held(mesh, 8, devices[::2]).tolist() == rows_held(mesh, 8, devices[1::2]).tolist() == list(range(8))

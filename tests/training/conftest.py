@@ -140,12 +140,14 @@ def run_folder(tmp_path, settings) -> Callable[..., Path]:
     return write
 
 
-def training_command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "qtale_jax.train", *map(str, arguments)]
+@pytest.fixture(scope="session")
+def training_command() -> Callable[..., list[str]]:
+    """The command that trains with the given arguments."""
+    return lambda *arguments: [sys.executable, "-m", "qtale_jax.train", *map(str, arguments)]
 
 
 @pytest.fixture(scope="session")
-def run_once(process_environment) -> Callable[[Path, dict[str, Any]], None]:
+def run_once(process_environment, training_command) -> Callable[[Path, dict[str, Any]], None]:
     """Trains in a process from `folder`/config.yaml, which is written with the given settings."""
 
     def run(folder: Path, settings: dict[str, Any]) -> None:
@@ -166,7 +168,7 @@ def run_once(process_environment) -> Callable[[Path, dict[str, Any]], None]:
 
 
 @pytest.fixture
-def training_process(tmp_path, process_environment) -> Callable[..., Any]:
+def training_process(tmp_path, process_environment, training_command) -> Callable[..., Any]:
     """Starts `python -m qtale_jax.train CONFIG ...`; a context with the process, its log on stderr."""
 
     @contextmanager

@@ -1,0 +1,34 @@
+"""SIGTERM: the loop saves and leaves, all processes after the same step."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import jax
+from jax.experimental.multihost_utils import reached_preemption_sync_point
+
+
+class Interrupted(Exception):
+    """SIGTERM arrived; the state has been saved."""
+
+
+@contextmanager
+def stop_signal() -> Iterator[Callable[[int], bool]]:
+    """Yields a function of the number of finished steps: whether to save now and leave.
+
+    It has to be asked after every step. With several processes, JAX listens for the signal, and lets them agree in the
+    background on a step that none of them has passed; asking costs nothing. In one process only the main thread may
+    install handlers; in others the answer is never.
+    """
+    if jax.process_count() > 1:
+        yield reached_preemption_sync_point
+        return
+    stop, previous = threading.Event(), None
+    if threading.current_thread() is threading.main_thread():
+        previous = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield lambda step: stop.is_set()
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
