@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from qtale_jax.config.combinations import check_combinations
+from qtale_jax.config.planning import PlanConfig
 from qtale_jax.config.section import Bits, Fraction, GroupSize, Many, NotNegative, Positive, Section, Seed
 from qtale_jax.config.serving import ServeConfig
 
@@ -555,6 +556,7 @@ class Config(Section):
     harness: HarnessConfig = Field(default=HarnessConfig(), description="lm-evaluation-harness")
     generate: GenerateConfig = Field(default=GenerateConfig(), description="generation")
     serve: ServeConfig = Field(default=ServeConfig(), description="server")
+    plan: PlanConfig = Field(default=PlanConfig(), description="planner")
     experiment: ExperimentConfig = Field(default=ExperimentConfig(), description="grid of stages")
 
     @model_validator(mode="after")
