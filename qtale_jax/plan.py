@@ -35,7 +35,7 @@ def run_stage(config: Config, *, quiet: bool = False) -> Path:
 
     def show(lines) -> None:
         for line in lines:
-            console.print(line, highlight=False, soft_wrap=isinstance(line, str))
+            console.print(line, highlight=False, markup=False, soft_wrap=isinstance(line, str))
 
     show([*document.tables(config, found), *document.sentences(config, found)])
     compiled = _compile(config, subject, show)
@@ -69,9 +69,8 @@ def _not_compiled(config: Config, topology: Any) -> str | None:
 
 
 def _without_accelerators() -> None:
-    """Planning runs on the CPU and asks no metadata server what it runs on; JAX reads this when it is imported."""
+    """Planning runs on the CPU, also where there are accelerators; JAX reads this when it is imported."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 
 def output(config: Config) -> Path:

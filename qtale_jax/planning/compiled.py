@@ -81,8 +81,14 @@ def facts(program: jax.stages.Compiled) -> dict[str, Any]:
 
 
 def _devices(topology: Topology) -> list:
-    # Without this libtpu refuses to be loaded by two processes.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # Without these libtpu looks for the machine that it runs on, complains, and refuses to be loaded by two processes.
+    quiet = {
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
     return list(topologies.get_topology_desc(topology.name, "tpu").devices)
 
 

@@ -29,11 +29,8 @@ def document(config: Config, plan: Plan, compiled: dict[str, Any] | None) -> dic
         "numbers": ESTIMATE,
         "model": {"name": subject.name, "parameters": subject.parameters, **describe(subject.spec)},
         "deployed": describe(subject.deployed),
-        "topology": {
-            "name": subject.topology.name,
-            "devices": subject.topology.count,
-            **{name: value for name, value in asdict(subject.topology.device).items() if name != "shapes"},
-        },
+        "topology": {"name": subject.topology.name, "devices": subject.topology.count},
+        "device": {name: value for name, value in asdict(subject.topology.device).items() if name != "shapes"},
         "mesh": dict(zip(AXES, subject.sizes, strict=True)),
         "usable_bytes": usable,
         "training": {

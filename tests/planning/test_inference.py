@@ -90,7 +90,7 @@ def test_what_fits_one_v5e(shipped):
     assert four.decode(1).total < 0.5 * 16e9
     # Eight KV heads of 128 in bfloat16: 4 kB a token and layer; two layers keep all, thirty the share that makes 1/2.
     kept = 2 * 1024 + 30 * (2 + (16 - 2) / 30 * 1022)
-    # Pages are filled but for the last of a row, and the pool grows in sixteenths of what keeping everything would take.
+    # Pages are filled but for the last of a row; the pool grows in sixteenths of what keeping everything takes.
     needed, everything = 32 * kept * 4096, 32 * 32 * 1024 * 4096
     assert needed < four.decode(32).memory["KV cache"] < 1.03 * needed + everything / 16
     whole = shipped("llama3_1_8b_csqa", "quantize.method=none", "quantize.bits=16")

@@ -38,6 +38,7 @@ def test_it_prints_and_writes_the_same_numbers(run, tmp_path):
     assert [path.name for path in file.parent.iterdir()] == ["plan.json"]
     found = json.loads(file.read_text())
     assert found["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2}
+    assert found["topology"] == {"name": "h100:4", "devices": 4} and found["device"]["kind"] == "h100"
     training = found["training"]
     sizes = dict(training["bytes_per_device"])
     assert sizes.pop("total") == sum(sizes.values()) and training["fits"]
@@ -50,6 +51,14 @@ def test_it_prints_and_writes_the_same_numbers(run, tmp_path):
         assert text in out
     assert "these numbers are estimates from shapes; programs are compiled for TPU topologies only" in out
     assert found["proposal"]["smallest_topology"]["topology"] == "h100:2"  # mesh.tensor=2 needs two
+
+
+def test_without_libtpu_it_says_how_to_get_it(tiny, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = tiny("plan.topology=v5e:2x2")
+    shown = []
+    assert stage._compile(config, subject_of(config), shown.extend) is None
+    assert len(shown) == 1 and 'pip install -e ".[aot]"' in shown[0]
 
 
 def test_dry_run_writes_nothing(run, tmp_path):
