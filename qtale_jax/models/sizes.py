@@ -6,21 +6,21 @@ from qtale_jax.models.specification import Architecture, RopeScaling
 
 
 def _llama(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, **fields: Any) -> Architecture:
-    defaults = {"vocab_size": 32000, "head_dim": hidden // heads, "max_length": 4096}
+    defaults: dict[str, Any] = {"vocab_size": 32000, "head_dim": hidden // heads, "max_length": 4096}
     return Architecture(
         hidden_size=hidden,
         intermediate_size=mlp,
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
-        **defaults | fields,
+        **{**defaults, **fields},
     )
 
 
 def _llama3(*sizes: int, factor: float, **fields: Any) -> Architecture:
     scaling = RopeScaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192)
-    context = {"vocab_size": 128256, "max_length": 131072, "rope_theta": 500000.0, "rope_scaling": scaling}
-    return _llama(*sizes, **context | fields)
+    context: dict[str, Any] = {"vocab_size": 128256, "max_length": 131072, "rope_theta": 500000.0}
+    return _llama(*sizes, **{**context, "rope_scaling": scaling, **fields})
 
 
 SIZES = {
