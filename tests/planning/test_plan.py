@@ -55,10 +55,9 @@ def test_it_prints_and_writes_the_same_numbers(run, tmp_path):
 
 def test_without_libtpu_it_says_how_to_get_it(tiny, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    config = tiny("plan.topology=v5e:2x2")
-    shown = []
-    assert stage._compile(config, subject_of(config), shown.extend) is None
-    assert len(shown) == 1 and 'pip install -e ".[aot]"' in shown[0]
+    reason = stage._not_compiled(tiny(), topology("v5e:2x2"))
+    assert reason is not None and 'pip install -e ".[aot]"' in reason
+    assert "plan.compile" in (stage._not_compiled(tiny("plan.compile=[]"), topology("v5e:2x2")) or "")
 
 
 def test_dry_run_writes_nothing(run, tmp_path):
