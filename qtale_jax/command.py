@@ -27,6 +27,7 @@ from qtale_jax.config.schema import Config
 from qtale_jax.errors import InputError
 
 STAGES = {
+    "plan": "say what training and inference take on accelerators, before there are any",
     "convert": "Hugging Face checkpoint to model directory, and back with --to-hf",
     "train": "train a model from nothing, or fine-tune one with adapters and routers",
     "quantize": "store the linears of a model in few bits: RTN, AWQ, GPTQ, MagR",

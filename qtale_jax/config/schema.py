@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from qtale_jax.config.budget import BudgetConfig
 from qtale_jax.config.combinations import check_combinations
 from qtale_jax.config.distributed import DistributedConfig
+from qtale_jax.config.planning import PlanConfig
 from qtale_jax.config.section import Bits, Fraction, GroupSize, Many, NotNegative, Positive, Section, Seed
 from qtale_jax.config.serving import ServeConfig
 
@@ -562,6 +563,7 @@ class Config(Section):
     harness: HarnessConfig = Field(default=HarnessConfig(), description="lm-evaluation-harness")
     generate: GenerateConfig = Field(default=GenerateConfig(), description="generation")
     serve: ServeConfig = Field(default=ServeConfig(), description="server")
+    plan: PlanConfig = Field(default=PlanConfig(), description="planner")
     experiment: ExperimentConfig = Field(default=ExperimentConfig(), description="grid of stages")
 
     @model_validator(mode="after")

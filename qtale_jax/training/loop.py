@@ -101,6 +101,11 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Refuses what only the machine tells: a microbatch that the data axes do not divide, a tracker that is missing."""
     if config.train.wandb_project is not None and is_first():
         import_wandb()
+    check_rows(config, mesh)
+
+
+def check_rows(config: Config, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> None:
+    """Refuses a microbatch that the data axes do not divide."""
     rows, ways = config.train.batch_size // config.train.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % ways:
         raise InputError(

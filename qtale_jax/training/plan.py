@@ -85,6 +85,15 @@ def _abstract_start(config: Config) -> tuple[ModelSpecification, Parameters, Any
         if tokenizer is None:
             raise InputError(f"model.path={config.model.path}: the model directory has no tokenizer")
         check_quantized(config, spec)
+    return *extended_abstract(config, spec), tokenizer
+
+
+def extended_abstract(config: Config, spec: ModelSpecification) -> tuple[ModelSpecification, Parameters]:
+    """What `start.starting_model` makes of a parent or a random model, with shapes for arrays.
+
+    Raises:
+        InputError: as `start.extended`.
+    """
     params = abstract_parameters(spec)
     if config.model.drop.keep < 1:
         # Which layers go is measured when it runs; the shapes are those of any choice.
@@ -97,7 +106,7 @@ def _abstract_start(config: Config) -> tuple[ModelSpecification, Parameters, Any
         return extended_params
 
     abstract = jax.eval_shape(extend, params)
-    return found["spec"], abstract, tokenizer
+    return found["spec"], abstract
 
 
 def _last_checkpoint(folder: Path) -> int:

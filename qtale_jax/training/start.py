@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from qtale_jax.artifact import load_model, read_model_json
 from qtale_jax.config.schema import ArchitectureConfig, Config
@@ -32,6 +32,9 @@ from qtale_jax.training.dropping import drop_layers, layers_to_keep
 from qtale_jax.training.optimizer import Flat, flatten, nest, optimizer_shardings, partition
 from qtale_jax.training.quantization_aware import formats_of
 from qtale_jax.training.step import TrainState, initial_state
+
+TRAINED = jnp.dtype(jnp.float32)
+"""Type of what trains: bfloat16 weights would swallow small updates."""
 
 
 @dataclass
@@ -166,14 +169,24 @@ def _check_formats(config: Config, architecture: Architecture) -> None:
 def prepare(config: Config, mesh: Mesh, key: jax.Array) -> Start:
     """Builds the starting point of a run on `mesh`."""
     spec, params, tokenizer, inherited = starting_model(config, mesh, key)
-    axes = stack_layers(spec, logical_axes(spec))
-    abstract = stack_layers(spec, abstract_parameters(spec))
-    placed = shardings(mesh, axes, abstract)
+    placed = stacked_shardings(spec, mesh)
     params = _stack_on_mesh(spec, params, placed)
     trainable, frozen = partition(params, config.train.parameters)
-    # What trains is kept in float32: bfloat16 weights would swallow small updates.
-    trainable = {path: leaf.astype(jnp.float32) for path, leaf in trainable.items()}
+    trainable = {path: leaf.astype(TRAINED) for path, leaf in trainable.items()}
     return Start(spec, tokenizer, trainable, frozen, flatten(placed), inherited)
+
+
+def prepare_abstract(config: Config, spec: ModelSpecification, mesh: Mesh | AbstractMesh) -> Start:
+    """What `prepare` gives for a model that has its routers and adapters, with shapes for arrays and no tokenizer."""
+    trainable, frozen = partition(stack_layers(spec, abstract_parameters(spec)), config.train.parameters)
+    trainable = {path: jax.ShapeDtypeStruct(leaf.shape, TRAINED) for path, leaf in trainable.items()}
+    return Start(spec, None, trainable, frozen, flatten(stacked_shardings(spec, mesh)), {})
+
+
+def stacked_shardings(spec: ModelSpecification, mesh: Mesh | AbstractMesh) -> Parameters:
+    """A sharding for every array of the stacked layout."""
+    axes, abstract = stack_layers(spec, logical_axes(spec)), stack_layers(spec, abstract_parameters(spec))
+    return shardings(mesh, axes, abstract)
 
 
 def _stack_on_mesh(spec: ModelSpecification, params: Parameters, placed: Parameters) -> Parameters:
@@ -204,7 +217,7 @@ def _stack(parts: list[jax.Array]) -> jax.Array:
     return jnp.stack(parts)
 
 
-def state_shardings(start: Start, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def state_shardings(start: Start, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> TrainState:
     """A sharding for every array of the state; the optimizer's moments follow their parameters."""
     whole: Any = replicated(mesh)  # a state whose leaves are shardings
     placed = {path: start.shardings[path] for path in start.trainable}

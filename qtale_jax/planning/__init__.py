@@ -1,0 +1,1 @@
+"""What a model takes on accelerators, before there are any: memory, arithmetic and time, from shapes alone."""

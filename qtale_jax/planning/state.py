@@ -1,0 +1,47 @@
+"""What lives on each device through a whole run: parameters, optimizer, the teacher's copies; by the sharding rules."""
+
+import functools
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh
+
+from qtale_jax.config.schema import Config
+from qtale_jax.quantization.storage import array_bytes
+from qtale_jax.training.optimizer import Flat, build_optimizer
+from qtale_jax.training.start import Start, state_shardings
+from qtale_jax.training.step import initial_state
+
+
+def device_bytes(arrays: Any, shardings: Any) -> int:
+    """Bytes that the first device holds of a tree of (abstract) arrays."""
+    shards = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(where.shard_shape(leaf.shape), leaf.dtype), arrays, shardings
+    )
+    return sum(map(array_bytes, jax.tree.leaves(shards)))
+
+
+def trained_part(config: Config) -> str:
+    """What the parameters that train are called."""
+    return {"adapters": "adapters and routers", "routers": "routers", "all": "parameters"}[config.train.parameters]
+
+
+def state_bytes(config: Config, start: Start, mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """Bytes per device of what lives through the whole run: parameters, optimizer, the teacher's copies."""
+    optimizer = build_optimizer(config.train.optimizer, 1)
+    state = jax.eval_shape(functools.partial(initial_state, optimizer=optimizer), start.trainable)
+    placed = state_shardings(start, optimizer, mesh)
+    trainable = device_bytes(start.trainable, placed.trainable)
+    found = {
+        "frozen parameters": device_bytes(start.frozen, _placed(start, start.frozen)),
+        trained_part(config): trainable,
+        "optimizer": device_bytes(state, placed) - trainable,
+    }
+    if config.train.distillation.active:
+        copied = {path: leaf for path, leaf in start.trainable.items() if "/lora/" not in path}
+        found["teacher"] = device_bytes(copied, _placed(start, copied))
+    return found
+
+
+def _placed(start: Start, leaves: Flat) -> Flat:
+    return {path: start.shardings[path] for path in leaves}
