@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.extend.core import Var
@@ -83,4 +83,4 @@ def kept_bytes(function: Callable, argument: Any, *others: Any) -> int:
     jaxpr = jax.make_jaxpr(pullback)(argument, *others).jaxpr
     given = {*jaxpr.invars, *jaxpr.constvars}
     kept = {out for out in jaxpr.outvars if isinstance(out, Var) and out not in given}
-    return sum(array_bytes(out.aval) for out in kept)
+    return sum(array_bytes(cast(jax.ShapeDtypeStruct, out.aval)) for out in kept)
