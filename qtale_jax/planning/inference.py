@@ -21,7 +21,7 @@ from qtale_jax.models.cost import flops_per_token, layer_flops
 from qtale_jax.models.decoder import abstract_parameters
 from qtale_jax.models.specification import LINEARS, ModelSpecification, QuantizationSpecification
 from qtale_jax.planning.devices import Topology
-from qtale_jax.planning.roofline import Roofline, roofline
+from qtale_jax.planning.roofline import Estimate, roofline
 from qtale_jax.quantization.formats import formats_of
 from qtale_jax.quantization.pipeline import quantizer_of
 from qtale_jax.quantization.storage import array_bytes
@@ -44,32 +44,16 @@ def deployed(config: Config, spec: ModelSpecification) -> ModelSpecification:
 
 
 @dataclass(frozen=True)
-class InferenceEstimate:
+class InferenceEstimate(Estimate):
     """Prefill or decode of some rows on one device.
 
     Attributes:
         step: "prefill" or "decode".
         rows: that run at the same time.
-        memory: bytes by what needs them.
-        work: of a prompt of `tokens` tokens in each row, or of one new token in each.
-        tokens: of all rows.
     """
 
     step: str
     rows: int
-    memory: dict[str, int]
-    work: Roofline
-    tokens: int
-
-    @property
-    def total(self) -> int:
-        """Bytes."""
-        return sum(self.memory.values())
-
-    @property
-    def tokens_per_second(self) -> float:
-        """At most, on one device."""
-        return self.tokens / self.work.seconds
 
 
 class InferencePlanner:
@@ -113,7 +97,7 @@ class InferencePlanner:
         )
         memory = {"weights": self.weights["total"], "KV cache": self._pool(rows, self._pages(rows))}
         memory["activations"] = self._workspace(rows, 1)
-        return InferenceEstimate("decode", rows, memory, work, rows)
+        return InferenceEstimate(memory, work, rows, "decode", rows)
 
     def prefill(self, rows: int) -> InferenceEstimate:
         """A prompt that fills every row, in parts of the engine's width."""
@@ -128,7 +112,7 @@ class InferencePlanner:
         )
         memory = {"weights": self.weights["total"], "KV cache": self._pool(rows, self._prefill_pages(rows))}
         memory["activations"] = self._workspace(rows, self.width)
-        return InferenceEstimate("prefill", rows, memory, work, tokens)
+        return InferenceEstimate(memory, work, tokens, "prefill", rows)
 
     def pages(self, step: str, rows: int) -> int:
         """Size of the pool when a step is at its largest."""

@@ -41,6 +41,31 @@ class Roofline:
         return {**asdict(self), "seconds": self.seconds, "bound": self.bound}
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What one step takes.
+
+    Attributes:
+        memory: bytes per device by what needs them.
+        work: of the step, per device.
+        tokens: of the step, on all devices.
+    """
+
+    memory: dict[str, int]
+    work: Roofline
+    tokens: int
+
+    @property
+    def total(self) -> int:
+        """Bytes per device."""
+        return sum(self.memory.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """At most, over all devices."""
+        return self.tokens / self.work.seconds
+
+
 def roofline(
     topology: Topology, *, flops: float, moved: float, sent: float = 0.0, integer_flops: float = 0.0
 ) -> Roofline:

@@ -7,7 +7,7 @@ from qtale_jax.models.cost import training_flops_per_token
 from qtale_jax.models.specification import ModelSpecification
 from qtale_jax.parallel.mesh import abstract_mesh
 from qtale_jax.planning.devices import Topology
-from qtale_jax.planning.roofline import Roofline, roofline
+from qtale_jax.planning.roofline import Estimate, roofline
 from qtale_jax.planning.state import state_bytes, trained_part
 from qtale_jax.planning.step import Activations, StepShapes, batch_shapes
 from qtale_jax.planning.traffic import Sizes, Traffic, traffic
@@ -16,34 +16,18 @@ from qtale_jax.training.start import prepare_abstract
 
 
 @dataclass(frozen=True)
-class TrainingEstimate:
+class TrainingEstimate(Estimate):
     """A training step on every device of a topology.
 
     Attributes:
-        memory: bytes per device by what needs them.
         rows: of a microbatch, per device.
         microbatches: parts of a step.
-        work: of a step.
         model_flops: of a step on all devices, without what is computed again or twice (three forward passes).
-        tokens: of a step.
     """
 
-    memory: dict[str, int]
     rows: int
     microbatches: int
-    work: Roofline
     model_flops: float
-    tokens: int
-
-    @property
-    def total(self) -> int:
-        """Bytes per device."""
-        return sum(self.memory.values())
-
-    @property
-    def tokens_per_second(self) -> float:
-        """At most, over all devices."""
-        return self.tokens / self.work.seconds
 
 
 class TrainingPlanner:
@@ -85,7 +69,7 @@ class TrainingPlanner:
         )
         tokens = train.batch_size * length
         model_flops = tokens * training_flops_per_token(self.spec, length)
-        return TrainingEstimate(memory, rows, train.microbatches, work, model_flops, tokens)
+        return TrainingEstimate(memory, work, tokens, rows, train.microbatches, model_flops)
 
     def _state(self, sizes: Sizes) -> tuple[dict[str, int], Traffic]:
         if sizes not in self._states:
