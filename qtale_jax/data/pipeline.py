@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from qtale_jax.config.schema import Config
+from qtale_jax.data.row_cache import read_rows, row_file, write_rows
 from qtale_jax.data.rows import Rows, build_rows, empty_like
 from qtale_jax.data.tokens import examples
 
@@ -60,10 +61,27 @@ class Pipeline:
         self._iterator.set_state(state)
 
 
-def load_rows(config: Config, tokenizer: Any, split: str) -> Rows:
-    """Reads, tokenizes and lays out one split."""
-    found, counts = examples(config, tokenizer, split)
-    rows = build_rows(found, config.data.length, config.data.packing)
+def load_rows(config: Config, tokenizer: Any, split: str, keep: bool = False) -> Rows:
+    """Reads, tokenizes and lays out one split.
+
+    Args:
+        config: data section.
+        tokenizer: of the model.
+        split: which one.
+        keep: store the rows of a generated suite beside it, for the next process. They are used wherever they are.
+
+    Raises:
+        InputError: bad data.
+    """
+    file = row_file(config.data, tokenizer, split)
+    stored = None if file is None else read_rows(file)
+    if stored is None:
+        found, counts = examples(config, tokenizer, split)
+        rows = build_rows(found, config.data.length, config.data.packing)
+        if keep and file is not None:
+            write_rows(file, rows, counts)
+    else:
+        rows, counts = stored
     level = logging.WARNING if counts.truncated + counts.dropped else logging.INFO  # what is lost is always said
     log.log(
         level,
@@ -100,7 +118,7 @@ def build_pipeline(
     Raises:
         InputError: bad data.
     """
-    return from_rows(load_rows(config, tokenizer, split), split, batch_size, seed, part)
+    return from_rows(load_rows(config, tokenizer, split, keep=True), split, batch_size, seed, part)
 
 
 def from_rows(rows: Rows, split: str, batch_size: int, seed: int, part: Part = WHOLE) -> Pipeline:

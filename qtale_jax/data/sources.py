@@ -3,6 +3,7 @@
 Each reader checks what it reads and names the file and line of the first bad row.
 """
 
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -107,13 +108,21 @@ def _reasoning(config: DataConfig, split: str) -> list[Record]:
         )
     held_out = () if split == "train" else suite.held_out
     wanted = config.tasks or [task for task in suite.tasks if task not in held_out]
-    source = reasoning.load(reasoning_folder(config), split, STORED[config.suite])
-    count = len(source)
-    if split == "train" and config.max_examples is not None and not config.tasks:
-        count = min(count, config.max_examples)
+    count = config.max_examples if split == "train" and not config.tasks else None
+    generated = _generated if split == "train" else _generated_and_kept
+    return [r for r in generated(reasoning_folder(config), STORED[config.suite], split, count) if r.task in wanted]
+
+
+def _generated(folder: Path, stored: str, split: str, count: int | None) -> tuple[Choice, ...]:
+    """The first `count` examples of a split of a generated suite, or all."""
+    source = reasoning.load(folder, split, stored)
     # One bulk read: item by item, ArrayRecord takes three times as long.
-    examples = map(reasoning.decode, source.__getitems__(range(count)))
-    return [Choice(e["task"], e["query"], tuple(e["choices"]), e["gold"]) for e in examples if e["task"] in wanted]
+    examples = map(reasoning.decode, source.__getitems__(range(min(count or len(source), len(source)))))
+    return tuple(Choice(e["task"], e["query"], tuple(e["choices"]), e["gold"]) for e in examples)
+
+
+# An experiment evaluates and calibrates dozens of times in one process. The splits for that are small and never change.
+_generated_and_kept = functools.lru_cache(maxsize=6)(_generated)
 
 
 def _cut(config: DataConfig, split: str) -> list[Record]:

@@ -59,6 +59,7 @@ def plan(config: Config) -> list[Job]:
         base, base_needs, base_parent = str(step.output), ("base",), step.fingerprint()
         jobs.append(Job("base", (step,)))
     for method, overrides in config.experiment.methods.items():
+        looks: list[Step] = []
         for seed in config.experiment.seeds:
             merged = method_config(config, method, base=base)
             is_base = merged.routing.method == "dense" and not overrides
@@ -76,8 +77,9 @@ def plan(config: Config) -> list[Job]:
             jobs.append(Job(f"measure {name}", steps, needs))
             if config.experiment.held_out_tasks:
                 asked = [step for step in steps if step.stage == "evaluate" and _compares(step, steps)]
-                looks = tuple(_last_look(step, config.experiment.held_out_tasks) for step in asked)
-                last_looks.append(Job(f"ask {name} once more", looks))
+                looks += [_last_look(step, config.experiment.held_out_tasks) for step in asked]
+        if looks:  # those of all seeds in one process: asking takes less than starting
+            last_looks.append(Job(f"ask {method} once more", tuple(looks)))
     everything = tuple(job.name for job in jobs)
     return jobs + [replace(job, needs=everything) for job in last_looks]
 

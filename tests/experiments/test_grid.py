@@ -130,8 +130,7 @@ def test_held_out_tasks_are_asked_after_everything_else(config):
     plain, jobs = plan(config), plan(changed)
     assert [job.name for job in jobs[: len(plain)]] == [job.name for job in plain]
     looks = jobs[len(plain) :]
-    measured = tuple(job.name for job in plain if job.name.startswith("measure"))
-    assert [job.name for job in looks] == [f"ask {name.removeprefix('measure ')} once more" for name in measured]
+    assert [job.name for job in looks] == [f"ask {method} once more" for method in config.experiment.methods]
     assert all(job.needs == tuple(job.name for job in plain) for job in looks)
     asked = [step for job in looks for step in job.steps]
     before = [step for job in plain for step in job.steps if step.stage == "evaluate"]
