@@ -137,10 +137,11 @@ def train(config: Config, *, quiet: bool = False) -> Path:
         optimizer = build_optimizer(config.train.optimizer, steps)
         state = place_state(start, optimizer, mesh)
         checkpoints = Checkpoints(output / "checkpoints", config.train.keep_checkpoints)
-        if checkpoints.latest is not None:
-            state, position = checkpoints.restore(checkpoints.latest, state)
-            pipeline.set_state(position)
         try:
+            saved = checkpoints.restore_newest(state)
+            if saved is not None:
+                state, position = saved
+                pipeline.set_state(position)
             with together(Interrupted, NonFiniteLoss):
                 state = run(config, start, mesh, steps, state, pipeline, optimizer, checkpoints, key, quiet)
         finally:  # however the run ends, a checkpoint that is being written is finished
