@@ -24,7 +24,7 @@ import yaml
 from qtale_jax.config.help import help_text
 from qtale_jax.config.loading import load_config, resolve
 from qtale_jax.config.schema import Config
-from qtale_jax.errors import InputError
+from qtale_jax.errors import InputError, disk_error
 
 STAGES = {
     "plan": "say what training and inference take on accelerators, before there are any",
@@ -132,4 +132,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:  # `... | head` closed the pipe; stop quietly, also when the interpreter flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except Exception as error:
+        reason = disk_error(error)
+        if reason is None:
+            raise
+        print(f"error: {reason}; what was complete before is kept", file=sys.stderr)
+        code = 2
     raise SystemExit(code)

@@ -1,7 +1,9 @@
 """The one exception that users are meant to see."""
 
 import difflib
+import errno
 import math
+import os
 from collections.abc import Iterable
 
 
@@ -11,6 +13,28 @@ class InputError(Exception):
     The message is one line that says where, what was found and what is allowed. Entry points print it without a
     traceback and exit with code 2.
     """
+
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.ENAMETOOLONG}
+"""What a file system may answer to a program that is right."""
+
+
+def disk_error(error: BaseException) -> str | None:
+    """One line about the disk, if that is what the error, or one that it came from, is about.
+
+    Libraries that write in the background wrap what the system said, some of them as text.
+    """
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        if isinstance(found, OSError) and found.errno in DISK:
+            return f"{found.filename or 'output'}: {found.strerror}"
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            if os.strerror(number) in str(found):
+                return f"output: {os.strerror(number)}"
+        found = found.__cause__ or found.__context__
+    return None
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

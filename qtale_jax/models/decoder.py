@@ -5,6 +5,7 @@ them as pure functions over a nested dict of arrays.
 """
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -179,12 +180,14 @@ def hidden_norm(architecture: Architecture) -> RMSNorm:
 class Decoder(nnx.Module):
     """Embedding, blocks, final norm, head: the definition of a whole model with one set of arrays per layer."""
 
-    def __init__(self, spec: ModelSpecification, *, rngs: nnx.Rngs):
+    def __init__(self, spec: ModelSpecification, *, rngs: nnx.Rngs, layers: Iterable[int] | None = None):
+        """`layers` are the blocks to build: all, unless others follow."""
         architecture, dtype = spec.architecture, jnp.dtype(spec.dtype)
         formats = spec.quantization.formats if spec.quantization else {}
         table = (architecture.vocab_size, architecture.hidden_size)
         self.embedding = Embedding(*table, dtype=dtype, rngs=rngs, format=formats.get("embedding"))
-        self.layers = nnx.List([Block(spec, layer, rngs=rngs) for layer in range(architecture.num_layers)])
+        wanted = range(architecture.num_layers) if layers is None else layers
+        self.layers = nnx.List([Block(spec, layer, rngs=rngs) for layer in wanted])
         self.final_norm = hidden_norm(architecture)
         if not architecture.tied_head:
             shape = (architecture.hidden_size, architecture.vocab_size)
@@ -193,17 +196,35 @@ class Decoder(nnx.Module):
 
 def skeleton(spec: ModelSpecification) -> Decoder:
     """The decoder with abstract arrays: shapes, types and logical axes, no memory."""
-    return _skeleton(spec.structure)  # tracing it takes a second: models that differ in thresholds share it
+    return _skeleton(spec.structure)  # models that differ in thresholds share it
 
 
 @functools.lru_cache(maxsize=64)
 def _skeleton(spec: ModelSpecification) -> Decoder:
-    return nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0)))
+    """One block of each kind is traced, which takes a tenth of a second, and copied to the layers that are like it."""
+    kinds = [_kind(spec, layer) for layer in range(spec.architecture.num_layers)]
+    firsts = {kind: layer for layer, kind in reversed(list(enumerate(kinds)))}
+    model = nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0), layers=firsts.values()))
+    blocks = dict(zip(firsts, model.layers, strict=True))
+    model.layers = nnx.List([nnx.clone(blocks[kind]) for kind in kinds])
+    return model
+
+
+def _kind(spec: ModelSpecification, layer: int) -> tuple:
+    """Layers of one kind have blocks of the same parameters."""
+    names = (*LINEARS, "router")
+    formats = tuple(spec.quantization.format(layer, name) for name in names) if spec.quantization else ()
+    return spec.routing is not None and layer >= spec.routing.always_on_layers, formats
 
 
 def abstract_parameters(spec: ModelSpecification) -> Parameters:
     """Nested dict of `jax.ShapeDtypeStruct`, one entry per layer."""
-    return nnx.to_pure_dict(nnx.state(skeleton(spec)))
+    return jax.tree.map(lambda leaf: leaf, _abstract_parameters(spec.structure))  # callers change the dicts
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_parameters(spec: ModelSpecification) -> Parameters:
+    return nnx.to_pure_dict(nnx.state(_skeleton(spec)))
 
 
 def logical_axes(spec: ModelSpecification) -> Parameters:

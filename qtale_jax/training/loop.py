@@ -25,6 +25,7 @@ from qtale_jax.parallel.processes import check_joined, from_first, is_first, tog
 from qtale_jax.training import objective
 from qtale_jax.training.checkpoint import Checkpoints
 from qtale_jax.training.identity import claim
+from qtale_jax.training.lock import held
 from qtale_jax.training.logs import flat_numbers, memory_bytes, open_log
 from qtale_jax.training.optimizer import build_optimizer, nest
 from qtale_jax.training.start import Start, place_state, prepare, state_shardings
@@ -132,21 +133,22 @@ def train(config: Config, *, quiet: bool = False) -> Path:
         pipeline = pipeline_for(config, start, "train", mesh)
         steps = total_steps(config, pipeline.size)
         claim(output, config)
-        if from_first("whether it is finished", (output / "trained").exists()):
-            return output / "trained"
-        optimizer = build_optimizer(config.train.optimizer, steps)
-        state = place_state(start, optimizer, mesh)
-        checkpoints = Checkpoints(output / "checkpoints", config.train.keep_checkpoints)
-        try:
-            saved = checkpoints.restore_newest(state)
-            if saved is not None:
-                state, position = saved
-                pipeline.set_state(position)
-            with together(Interrupted, NonFiniteLoss):
-                state = run(config, start, mesh, steps, state, pipeline, optimizer, checkpoints, key, quiet)
-        finally:  # however the run ends, a checkpoint that is being written is finished
-            checkpoints.close()
-        write_model(config, start, state, steps)
+        with held(output):
+            if from_first("whether it is finished", (output / "trained").exists()):
+                return output / "trained"
+            optimizer = build_optimizer(config.train.optimizer, steps)
+            state = place_state(start, optimizer, mesh)
+            checkpoints = Checkpoints(output / "checkpoints", config.train.keep_checkpoints)
+            try:
+                saved = checkpoints.restore_newest(state)
+                if saved is not None:
+                    state, position = saved
+                    pipeline.set_state(position)
+                with together(Interrupted, NonFiniteLoss):
+                    state = run(config, start, mesh, steps, state, pipeline, optimizer, checkpoints, key, quiet)
+            finally:  # however the run ends, a checkpoint that is being written is finished
+                checkpoints.close()
+            write_model(config, start, state, steps)
     return output / "trained"
 
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,10 @@ def load_tasks(config: HarnessConfig) -> dict[str, Any]:
     """
     check_files(config)
     by_name = [name for name in config.tasks if not Path(name).suffix]
-    # Reading the thousands of tasks that the harness brings takes seconds, which local files need not wait for.
-    manager = TaskManager(include_path=config.include_path, include_defaults=bool(by_name))
+    if by_name and config.include_path is None:
+        manager = _shipped_tasks()
+    else:
+        manager = TaskManager(include_path=config.include_path, include_defaults=bool(by_name))
     for name in by_name:
         if name not in manager.all_tasks:
             raise InputError(
@@ -53,6 +55,12 @@ def load_tasks(config: HarnessConfig) -> dict[str, Any]:
         return dict(manager.load(items))
     except ValueError as error:  # the same task twice
         raise InputError(f"harness.tasks: {error}") from error
+
+
+@lru_cache(maxsize=1)
+def _shipped_tasks() -> TaskManager:
+    """The harness's own tasks: reading thousands of them takes seconds, which local files need not wait for."""
+    return TaskManager()
 
 
 def _build(manager: TaskManager, name: str) -> Any:

@@ -1,5 +1,6 @@
 """Converted models compute what transformers computes, and the pretrained one what its reference says."""
 
+import functools
 import json
 
 import jax
@@ -109,7 +110,7 @@ def test_stories260k_writes_the_same_story(shared_data, stories):
 
 
 @pytest.mark.slow
-def test_stories260k_likelihood(shared_data, stories):
+def test_stories260k_likelihood(shared_data, stories, optimized):
     golden = json.loads((shared_data / "stories260k" / "golden.json").read_text())
     model = artifact.load_model(stories)
     text = (shared_data / "text" / "tinystories_train_sample.txt").read_text(encoding="utf-8", errors="ignore")
@@ -120,7 +121,7 @@ def test_stories260k_likelihood(shared_data, stories):
     for row, ids in enumerate(rows):
         tokens[row, : len(ids)] = ids
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=optimized)  # fifty thousand tokens: to compute takes longest
     def nats(tokens, lengths):
         logits = forward(model.spec, model.params, tokens, lengths=lengths).logits[:, :-1]
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=2)[:, :, 0]
