@@ -33,12 +33,17 @@ def checksum(state: Any) -> UInt32[Array, ""]:
     """
     total = jnp.zeros((), jnp.uint32)
     for number, leaf in enumerate(jax.tree.leaves(state)):
-        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
-        places = jnp.zeros((), jnp.uint32)
-        for axis, size in enumerate(bits.shape):  # row-major, without reshaping what is sharded
-            places = places * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        total += jnp.uint32(2 * number + 1) * jnp.sum(bits * (2 * places + 1), dtype=jnp.uint32)
+        total += jnp.uint32(2 * number + 1) * _weighted_sum(leaf)
     return total
+
+
+@jax.jit  # traced once for each shape
+def _weighted_sum(array: Array) -> UInt32[Array, ""]:
+    bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}")).astype(jnp.uint32)
+    places = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(bits.shape):  # row-major, without reshaping what is sharded
+        places = places * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    return jnp.sum(bits * (2 * places + 1), dtype=jnp.uint32)
 
 
 class Checkpoints:
