@@ -16,7 +16,7 @@ class RoutingConfig(Section):
     )
     preset: Literal["qtale_plus"] | None = Field(
         default=None,
-        description="qtale_plus: the recipe that keeps most accuracy (README), over all sections; keys that are given win",
+        description="qtale_plus: the recipe that keeps most accuracy, over all sections; keys that are given win",
     )
     always_on_layers: int = Field(default=2, ge=0, description="first layers without a router")
     always_on_tokens: int = Field(default=2, ge=0, description="first tokens of a sequence that execute every layer")
