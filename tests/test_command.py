@@ -1,8 +1,11 @@
 """Entry points: arguments, help, exit codes, one line of error."""
 
+import errno
 import importlib.util
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -130,3 +133,40 @@ def test_a_missing_file_and_a_closed_pipe(run_module, config_file):
     command = f"{sys.executable} -m qtale_jax.train {config_file} --print-config | head -n 1"
     result = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
     assert (result.stdout, result.stderr) == ("output: runs/default\n", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_one_line(capsys):
+    def main():
+        with open("/dev/full", "w") as file:
+            file.write("x")
+
+    assert exit_code(main) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "No space left on device" in line and "what was complete before is kept" in line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, os.strerror(errno.EACCES), "runs/x"),
+        ValueError('RESOURCE_EXHAUSTED: Error writing "x": No space left on device'),
+    ],
+)
+def test_the_disk_is_found_behind_what_libraries_raise(error, capsys):
+    def main():
+        try:
+            raise error
+        except Exception as inner:
+            raise RuntimeError("saving failed") from inner
+
+    assert exit_code(main) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_other_errors_keep_their_traceback():
+    def main():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "a file of our own")
+
+    with pytest.raises(FileNotFoundError):
+        run(main)

@@ -12,6 +12,7 @@ from qtale_jax.artifact import load_model
 from qtale_jax.errors import InputError
 from qtale_jax.training.checkpoint import Checkpoints
 from qtale_jax.training.identity import claim
+from qtale_jax.training.lock import held
 from qtale_jax.training.logs import RunLog
 from qtale_jax.training.loop import train
 
@@ -128,6 +129,17 @@ def test_identity_ignores_what_is_only_written(tmp_path, make_config):
         claim(tmp_path, make_config(train={"batch_size": 16}))
     with pytest.raises(InputError, match=r"lora\.rank was 2, now 4"):
         claim(tmp_path, make_config(lora={"rank": 4}))
+
+
+def test_a_folder_that_is_being_trained_in_is_refused(tmp_path, make_config):
+    config = make_config().model_copy(update={"output": str(tmp_path)})
+    claim(tmp_path, config)
+    before = sorted(tmp_path.iterdir())
+    with held(tmp_path), pytest.raises(InputError, match="another process is training in"):
+        train(config, quiet=True)
+    assert sorted(tmp_path.iterdir()) == before
+    with held(tmp_path):  # it was let go
+        pass
 
 
 def test_checkpoints_of_an_unknown_run_are_not_continued(tmp_path, make_config):
