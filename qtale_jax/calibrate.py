@@ -25,16 +25,23 @@ def run_stage(config: Config, *, quiet: bool = False) -> Path:
     from qtale_jax import paths
     from qtale_jax.artifact import lineage, load_model, refuse_existing, save_model
     from qtale_jax.calibration.calibrate import calibrate
+    from qtale_jax.evaluation.loading import load_on_mesh
+    from qtale_jax.parallel.processes import is_first
 
     source, target = Path(config.calibrate.model or paths.quantized(config)), paths.calibrated(config)
     refuse_existing(target)
-    loaded, settings, table, where = load_model(source), config.calibrate, None, ""
-    if settings.objective == "budget":
+    settings, table, where = config.calibrate, None, ""
+    if settings.objective != "budget":
+        loaded = load_on_mesh(source, config.mesh)
+    else:  # speed is that of the engine, which decodes on one device
+        loaded = load_model(source)
         table, where = _latency_table(loaded, config, target.parent)
     model, found = calibrate(loaded, config, table)
     facts = {} if table is None else {"latency": table.document()}
     provenance = lineage("calibrate", source, model.provenance, **facts)
     save_model(target, model.spec, model.params, tokenizer=model.tokenizer, provenance=provenance)
+    if not is_first():
+        return target
     if settings.objective == "ratio" and abs(found.ratio - settings.ratio) > settings.tolerance:
         print(
             f"warning: ratio {settings.ratio:.3f} is out of reach; theta {found.theta:.3f} gives {found.ratio:.3f}",
@@ -119,7 +126,13 @@ def _budget_text(config: Config) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Calibrates as configured and prints where the model is."""
-    print(run_stage(parse("calibrate", STAGES["calibrate"], argv, dry_run)))
+    config = parse("calibrate", STAGES["calibrate"], argv, dry_run)
+    from qtale_jax.parallel.processes import is_first, processes
+
+    with processes(config.distributed):
+        target = run_stage(config)
+        if is_first():
+            print(target)
 
 
 if __name__ == "__main__":

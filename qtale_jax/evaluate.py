@@ -25,15 +25,18 @@ def run_stage(config: Config, *, theta: float | None = None, point: str | None =
     from rich.progress import Progress
 
     from qtale_jax.evaluation.evaluate import evaluate
+    from qtale_jax.parallel.processes import is_first
     from qtale_jax.reporting.console import table
     from qtale_jax.reporting.results import write_text
 
     source, model = _load(config)
     console = Console(stderr=True)
-    with Progress(console=console, disable=quiet or not console.is_terminal) as progress:
+    with Progress(console=console, disable=quiet or not console.is_terminal or not is_first()) as progress:
         task = progress.add_task("evaluating rows", total=None)
         result = evaluate(model, config, theta=theta, point=point, progress=lambda n: progress.advance(task, n))
     target = _target(config, source, "evaluation")
+    if not is_first():
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, json.dumps(result, indent=1))
     if not quiet:
@@ -73,15 +76,18 @@ def run_harness(config: Config) -> Path:
             f"harness.tasks needs lm-evaluation-harness, and {error.name!r} is not installed; "
             'install it with: pip install "qtale-jax[eval]"'
         ) from error
+    from qtale_jax.parallel.processes import is_first
     from qtale_jax.reporting.console import harness_table
     from qtale_jax.reporting.results import write_text
 
     source, model = _load(config)
     console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as progress:
+    with Progress(console=console, disable=not console.is_terminal or not is_first()) as progress:
         task = progress.add_task("answering requests", total=None)
         result = evaluate_harness(model, config, progress=lambda n: progress.advance(task, n))
     target = _target(config, source, "harness")
+    if not is_first():  # all have asked the same requests and hold the same answers
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, json.dumps(result, indent=1))
     Console().print(harness_table(result))
@@ -91,11 +97,11 @@ def run_harness(config: Config) -> Path:
 def _load(config: Config) -> tuple[Path, "LoadedModel"]:
     """The model to measure, and its directory."""
     from qtale_jax import paths
-    from qtale_jax.artifact import load_model
     from qtale_jax.errors import InputError
+    from qtale_jax.evaluation.loading import load_on_mesh
 
     source = Path(config.evaluate.model or paths.newest(config))
-    model = load_model(source)
+    model = load_on_mesh(source, config.mesh)
     if model.tokenizer is None:
         raise InputError(f"{source}: the model directory has no tokenizer")
     return source, model
@@ -128,7 +134,12 @@ def dry_run(config: Config) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluates as configured and prints where the result is."""
     config = parse("evaluate", STAGES["evaluate"], argv, dry_run)
-    print(run_harness(config) if config.harness.tasks else run_stage(config))
+    from qtale_jax.parallel.processes import is_first, processes
+
+    with processes(config.distributed):
+        target = run_harness(config) if config.harness.tasks else run_stage(config)
+        if is_first():
+            print(target)
 
 
 if __name__ == "__main__":

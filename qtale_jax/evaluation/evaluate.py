@@ -1,10 +1,13 @@
 """Evaluating one model: accuracy on multiple choice, nats per token, what was executed, what it costs."""
 
+import contextlib
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,9 +22,11 @@ from qtale_jax.inference.policies import inference_policy
 from qtale_jax.models.cost import flops_per_token
 from qtale_jax.models.decoder import Parameters
 from qtale_jax.models.forward import forward
+from qtale_jax.models.placement import mesh_of, stack_on_mesh, stacked_shardings
 from qtale_jax.models.policy import Policy
 from qtale_jax.models.specification import ModelSpecification
 from qtale_jax.models.stacking import can_stack, stack_layers
+from qtale_jax.parallel.axes import constrain
 
 
 @dataclass(frozen=True)
@@ -90,8 +95,13 @@ def likelihood_rows(records: Sequence[Record], tokenizer: Any, config: Config, l
 
 
 def layout(spec: ModelSpecification, params: Parameters) -> Parameters:
-    """Stacked where possible: one compiled layer instead of all of them."""
-    return stack_layers(spec, params) if can_stack(spec) else params
+    """Stacked where possible: one compiled layer instead of all of them; on the mesh that the parameters are on."""
+    if not can_stack(spec):
+        return params
+    mesh = mesh_of(params)
+    if mesh is None:
+        return stack_layers(spec, params)
+    return stack_on_mesh(spec, dict(params), stacked_shardings(spec, mesh))
 
 
 def cost(spec: ModelSpecification, counted: Counted) -> dict[str, Any]:
@@ -127,9 +137,10 @@ def execution_maps(
     tokens = np.zeros((len(rows), width), np.int32)
     for index, row in enumerate(rows):
         tokens[index, : len(row.ids)] = row.ids
-    lengths = jnp.asarray([len(row.ids) for row in rows], jnp.int32)
-    routing = forward(spec.structure, params, jnp.asarray(tokens), lengths=lengths, policy=policy).routing
-    execute, probability = np.asarray(routing.execute), np.asarray(routing.probability)
+    lengths = np.asarray([len(row.ids) for row in rows], np.int32)
+    mesh = mesh_of(params)
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        execute, probability = map(np.asarray, _decisions(spec.structure, params, tokens, lengths, policy))
     return [
         {
             "tokens": tokenizer.convert_ids_to_tokens(list(row.ids)),
@@ -140,6 +151,12 @@ def execution_maps(
         }
         for i, (row, task) in enumerate(zip(rows, tasks, strict=True))
     ]
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _decisions(spec, params, tokens, lengths, policy):
+    routing = forward(spec, params, tokens, lengths=lengths, policy=policy).routing
+    return tuple(constrain(x, None, None, None) for x in (routing.execute, routing.probability))
 
 
 def evaluated_records(config: Config) -> list[Record]:

@@ -1,5 +1,6 @@
 """Log-likelihoods of token rows under a route policy, with what was executed counted beside them."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ from jaxtyping import Array, Bool, Float, Int
 from qtale_jax.errors import InputError
 from qtale_jax.models.decoder import Parameters
 from qtale_jax.models.forward import forward
+from qtale_jax.models.placement import mesh_of, rows_on
 from qtale_jax.models.policy import Policy, gap
 from qtale_jax.models.specification import Architecture, ModelSpecification
+from qtale_jax.parallel.axes import constrain
 
 HISTOGRAM_EDGES = np.linspace(0.0, 12.0, 49)
 """Bins of |logit gap|; the last one also takes what is beyond."""
@@ -146,7 +149,8 @@ def batch_likelihood(
         eviction,
         scored=jnp.pad(wanted, ((0, 0), (0, 1))),
     )
-    return jnp.where(wanted, chosen, 0.0), greedy, counted
+    # Every process reads them.
+    return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), (jnp.where(wanted, chosen, 0.0), greedy, counted))
 
 
 def batches(
@@ -199,7 +203,7 @@ def likelihoods(
 
     Args:
         spec: the model.
-        params: its parameters, stacked or one tree per layer.
+        params: its parameters, stacked or one tree per layer; on a mesh, its data axes share the rows of a batch.
         rows: what to score.
         policy: route policy.
         batch_size: rows of every batch; short batches are filled up.
@@ -216,14 +220,16 @@ def likelihoods(
     longest, limit = max(len(row.ids) for row in rows), context or spec.architecture.max_length
     if longest > limit:
         raise InputError(f"an example has {longest} tokens, more than the model's context of {limit}")
-    results, total = [], None
-    for indices, tokens, lengths, starts in batches(rows, batch_size, limit):
-        value, greedy, counted = batch_likelihood(
-            spec.structure, params, tokens, lengths, starts, policy, compute_dtype
-        )
-        results.append((indices, value, greedy))  # fetched later: the device works on while the host prepares
-        total = counted if total is None else jax.tree.map(jnp.add, total, counted)
-        progress(int(np.sum(indices >= 0)))
+    results, total, mesh = [], None, mesh_of(params)
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        for indices, *batch in batches(rows, batch_size, limit):
+            tokens, lengths, starts = batch if mesh is None else rows_on(mesh, batch)
+            value, greedy, counted = batch_likelihood(
+                spec.structure, params, tokens, lengths, starts, policy, compute_dtype
+            )
+            results.append((indices, value, greedy))  # fetched later: the device works on while the host prepares
+            total = counted if total is None else jax.tree.map(jnp.add, total, counted)
+            progress(int(np.sum(indices >= 0)))
     log_likelihood, is_greedy = np.zeros(len(rows)), np.zeros(len(rows), bool)
     for indices, value, greedy in results:
         real = indices >= 0

@@ -5,17 +5,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh
 
 from qtale_jax.artifact import load_model, read_model_json
 from qtale_jax.config.schema import ArchitectureConfig, Config
 from qtale_jax.data.tokens import load_tokenizer
 from qtale_jax.errors import InputError
 from qtale_jax.models.adapt import adapt
-from qtale_jax.models.decoder import Parameters, abstract_parameters, initialize, logical_axes
+from qtale_jax.models.decoder import Parameters, abstract_parameters, initialize
 from qtale_jax.models.lora import merge_lora
+from qtale_jax.models.placement import layer_shardings, stack_on_mesh, stacked_shardings
 from qtale_jax.models.specification import (
     LINEARS,
     Architecture,
@@ -24,12 +24,12 @@ from qtale_jax.models.specification import (
     RopeScaling,
     RoutingSpecification,
 )
-from qtale_jax.models.stacking import can_stack, stack_layers, stacks
-from qtale_jax.parallel.mesh import replicated, shardings
+from qtale_jax.models.stacking import can_stack, stack_layers
+from qtale_jax.parallel.mesh import replicated
 from qtale_jax.quantization.rounding import validate
 from qtale_jax.training.aim import routed_share
 from qtale_jax.training.dropping import drop_layers, layers_to_keep
-from qtale_jax.training.optimizer import Flat, flatten, nest, optimizer_shardings, partition
+from qtale_jax.training.optimizer import Flat, flatten, optimizer_shardings, partition
 from qtale_jax.training.quantization_aware import formats_of
 from qtale_jax.training.step import TrainState, initial_state
 
@@ -100,8 +100,7 @@ def starting_model(
     """
     if config.model.path is not None:
         parent_spec = read_model_json(config.model.path).spec
-        placed = shardings(mesh, logical_axes(parent_spec), abstract_parameters(parent_spec))
-        loaded = load_model(config.model.path, shardings=placed)
+        loaded = load_model(config.model.path, shardings=layer_shardings(parent_spec, mesh))
         spec, params = merge_lora(loaded.spec, loaded.params)
         tokenizer = loaded.tokenizer
         inherited = loaded.provenance
@@ -170,7 +169,7 @@ def prepare(config: Config, mesh: Mesh, key: jax.Array) -> Start:
     """Builds the starting point of a run on `mesh`."""
     spec, params, tokenizer, inherited = starting_model(config, mesh, key)
     placed = stacked_shardings(spec, mesh)
-    params = _stack_on_mesh(spec, params, placed)
+    params = stack_on_mesh(spec, params, placed)
     trainable, frozen = partition(params, config.train.parameters)
     trainable = {path: leaf.astype(TRAINED) for path, leaf in trainable.items()}
     return Start(spec, tokenizer, trainable, frozen, flatten(placed), inherited)
@@ -181,40 +180,6 @@ def prepare_abstract(config: Config, spec: ModelSpecification, mesh: Mesh | Abst
     trainable, frozen = partition(stack_layers(spec, abstract_parameters(spec)), config.train.parameters)
     trainable = {path: jax.ShapeDtypeStruct(leaf.shape, TRAINED) for path, leaf in trainable.items()}
     return Start(spec, None, trainable, frozen, flatten(stacked_shardings(spec, mesh)), {})
-
-
-def stacked_shardings(spec: ModelSpecification, mesh: Mesh | AbstractMesh) -> Parameters:
-    """A sharding for every array of the stacked layout."""
-    axes, abstract = stack_layers(spec, logical_axes(spec)), stack_layers(spec, abstract_parameters(spec))
-    return shardings(mesh, axes, abstract)
-
-
-def _stack_on_mesh(spec: ModelSpecification, params: Parameters, placed: Parameters) -> Parameters:
-    """Stacks layers leaf by leaf, each straight into its shards; layers are let go as their leaves are stacked."""
-    layers = {index: flatten(layer) for index, layer in params.pop("layers").items()}
-    whole = {name: jax.tree.map(_place, tree, placed[name]) for name, tree in params.items()}
-    stacked = {}
-    for name, indices in stacks(spec).items():
-        targets = flatten(placed["layers"][name])
-        leaves = {}
-        for path, target in targets.items():
-            parts = [layers[index].pop(path) for index in indices]
-            parts = [part if part.committed else _place(part, replicated(target.mesh)) for part in parts]
-            leaves[path] = jax.jit(_stack, out_shardings=target)(parts)
-        stacked[name] = nest(leaves)
-    return {**whole, "layers": stacked}
-
-
-def _place(leaf: jax.Array, target: NamedSharding) -> jax.Array:
-    """Puts an array into its shards; each process cuts what it computed itself, and has computed the same as others."""
-    if leaf.committed or jax.process_count() == 1:
-        return jax.device_put(leaf, target)
-    values = np.asarray(leaf)
-    return jax.make_array_from_callback(leaf.shape, target, lambda index: values[index])
-
-
-def _stack(parts: list[jax.Array]) -> jax.Array:
-    return jnp.stack(parts)
 
 
 def state_shardings(start: Start, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> TrainState:

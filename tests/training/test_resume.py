@@ -10,6 +10,8 @@ import pytest
 
 from qtale_jax.artifact import load_model
 from qtale_jax.artifact.arrays import flatten
+from qtale_jax.errors import InputError
+from qtale_jax.train import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.first]
 
@@ -98,25 +100,21 @@ def test_sigterm_saves_and_the_same_command_continues(
     assert arrays(tmp_path / "run") == arrays(uninterrupted)
 
 
-def test_finished_run_is_left_as_it_is_and_another_configuration_refused(uninterrupted, run_module):
-    config = uninterrupted.parent / "config.yaml"
+def test_finished_run_is_left_as_it_is_and_another_configuration_refused(uninterrupted, capsys):
+    config = str(uninterrupted.parent / "config.yaml")
     before = {path: path.stat().st_mtime_ns for path in (uninterrupted / "trained").rglob("*")}
-    again = run_module("qtale_jax.train", config)
-    assert again.returncode == 0 and again.stdout.strip() == str(uninterrupted / "trained")
-    changed = run_module("qtale_jax.train", config, "train.optimizer.learning_rate=0.5")
-    assert changed.returncode == 2
-    assert "train.optimizer.learning_rate was 0.001, now 0.5" in changed.stderr
-    assert len(changed.stderr.strip().splitlines()) == 1
+    main([config, "mesh.data=8"])  # the devices of this process
+    assert capsys.readouterr().out.strip() == str(uninterrupted / "trained")
+    with pytest.raises(InputError, match=r"train\.optimizer\.learning_rate was 0\.001, now 0\.5"):
+        main([config, "train.optimizer.learning_rate=0.5"])
     assert before == {path: path.stat().st_mtime_ns for path in (uninterrupted / "trained").rglob("*")}
 
 
-def test_non_finite_loss_stops_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, run_folder, run_module):
+def test_non_finite_loss_stops_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, run_folder):
     optimizer = {"learning_rate": 1e30, "clip": 0.0, "warmup": 0.0}
     train = {"steps": 6, "checkpoint_every": 1, "log_every": 100, "optimizer": optimizer}
     config = run_folder("run", train=train, routing={"method": "dense"}, lora=None)
-    result = run_module("qtale_jax.train", config)
-    assert result.returncode == 2
-    assert "the loss of step 2 is not finite" in result.stderr and "Traceback" not in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    with pytest.raises(InputError, match=r"the loss of step 2 is not finite"):  # one line and exit code 2
+        main([str(config)])
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
     assert not (tmp_path / "run" / "trained").exists()

@@ -5,6 +5,7 @@ prompts anew together with what has been added to them: the cache of an earlier 
 longer the same.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from qtale_jax.data.stops import first_stop, tokens_until
 from qtale_jax.evaluation.likelihood import Counted, count
 from qtale_jax.inference.generation import Generated, generate
 from qtale_jax.models.decoder import Parameters
+from qtale_jax.models.placement import everywhere, mesh_of, rows_on
 from qtale_jax.models.policy import Policy
 from qtale_jax.models.specification import ModelSpecification
 
@@ -123,20 +125,23 @@ def _round(
     tokens = np.zeros((batch_size, width_class(max(map(len, rows)))), np.int32)
     for index, ids in enumerate(rows):
         tokens[index, : len(ids)] = ids
-    out = generate(
-        spec.structure,
-        params,
-        jnp.asarray(tokens),
-        jnp.asarray([len(ids) for ids in rows], jnp.int32),
-        policy,
-        key,
-        jnp.float32(batch[0].temperature),
-        jnp.float32(batch[0].top_p),
-        jnp.int32(-1 if end is None else end),
-        max_new_tokens=ROUND,
-        compute_dtype=compute_dtype,
-    )
-    return jax.device_get(out)
+    lengths = np.asarray([len(ids) for ids in rows], np.int32)
+    mesh = mesh_of(params)
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        placed = (jnp.asarray(tokens), jnp.asarray(lengths)) if mesh is None else rows_on(mesh, (tokens, lengths))
+        out = generate(
+            spec.structure,
+            params,
+            *placed,
+            policy,
+            key,
+            jnp.float32(batch[0].temperature),
+            jnp.float32(batch[0].top_p),
+            jnp.int32(-1 if end is None else end),
+            max_new_tokens=ROUND,
+            compute_dtype=compute_dtype,
+        )
+        return jax.device_get(out if mesh is None else everywhere(mesh, out))
 
 
 def _take(spec: ModelSpecification, tokenizer: Any, request: Request, found: Generated, row: int) -> Counted | None:
