@@ -13,6 +13,7 @@ from qtale_jax.paths import HELD_OUT
 from qtale_jax.reporting.aggregate import Summary, summarize
 from qtale_jax.reporting.card import build_card, read_models
 from qtale_jax.reporting.cells import to_markdown, to_rich
+from qtale_jax.reporting.drawings import Drawings
 from qtale_jax.reporting.dry_run import print_dry_run
 from qtale_jax.reporting.environment import command_line, environment
 from qtale_jax.reporting.figures import all_figures
@@ -78,12 +79,13 @@ def run_stage(config: Config, *, command: str | None = None, console: Console | 
     held_out = summarize(read_evaluations(output / HELD_OUT)) if (output / HELD_OUT).is_dir() else []
     title, making = config.experiment.title, _making(config, command)
     results, markdown, page, card = (output / name for name in FILES)
+    drawings = Drawings(summaries, runs)
     documents = {
         markdown: _markdown(title, summaries, making, held_out),
-        page: build_page(title, summaries, runs, making, held_out),
+        page: build_page(title, summaries, runs, making, held_out, drawings),
         card: build_card(config, summaries, read_models(output), making.command),
     }
-    documents |= {output / FIGURES / name: svg for name, svg in all_figures(summaries, runs).items()}
+    documents |= {output / FIGURES / name: svg for name, svg in all_figures(summaries, drawings).items()}
     write_results(results, [evaluation.row for summary in summaries for evaluation in summary.evaluations])
     paired = output / "paired.json"
     if several_seeds(summaries):

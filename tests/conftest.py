@@ -44,7 +44,7 @@ def _prepare_environment() -> str | None:
     if _CACHE in os.environ:  # chosen by the user, or by the process that started this pytest-xdist worker
         return None
     os.environ[_CACHE] = tempfile.mkdtemp(prefix="qtale-jax-compiled-")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     return os.environ[_CACHE]
 
 
@@ -71,8 +71,17 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(_own_cache, ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the longest tests first."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds `--exhaustive`."""
+    parser.addoption("--exhaustive", action="store_true", help="also run the tests marked exhaustive")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the tests marked exhaustive unless they are asked for, and puts the longest tests first."""
+    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    if left_out and not config.getoption("--exhaustive"):
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     items.sort(key=lambda item: item.get_closest_marker("first") is None)
 
 

@@ -4,10 +4,9 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from qtale_jax.reporting import plots
 from qtale_jax.reporting.aggregate import Summary
+from qtale_jax.reporting.drawings import Drawings
 from qtale_jax.reporting.labels import INK, PAPER, Look, metrics
-from qtale_jax.reporting.logs import TrainingRun
 from qtale_jax.reporting.panels import Plot
 
 _SHAPES = {
@@ -82,18 +81,14 @@ def quality_figures(summaries: Sequence[Summary]) -> dict[str, str]:
     }
 
 
-def all_figures(summaries: Sequence[Summary], runs: Sequence[TrainingRun]) -> dict[str, str]:
+def all_figures(summaries: Sequence[Summary], drawings: Drawings) -> dict[str, str]:
     """File name -> SVG document, of every plot that the report has."""
-    named = quality_figures(summaries).items()
-    found = [
-        (*name, plots.quality_by_ratio(summaries, metric))
-        for name, metric in zip(named, metrics(summaries), strict=True)
-    ]
+    found = [(*name, plot) for name, plot in zip(quality_figures(summaries).items(), drawings.quality, strict=True)]
     found += [
-        ("threshold_reach.svg", "reach of θ", plots.threshold_reach(summaries)),
-        ("sweep.svg", "sweeps", plots.sweep(summaries)),
-        ("logit_gaps.svg", "logit gaps", plots.gap_histograms(summaries)),
-        ("layers.svg", "share of tokens that run each layer", plots.layer_shares(summaries)),
-        ("training.svg", "training", plots.training_curves(runs, summaries)),
+        ("threshold_reach.svg", "reach of θ", drawings.reach),
+        ("sweep.svg", "sweeps", drawings.sweep),
+        ("logit_gaps.svg", "logit gaps", drawings.gaps),
+        ("layers.svg", "share of tokens that run each layer", drawings.layers),
+        ("training.svg", "training", drawings.training),
     ]
     return {name: standalone(plot, title) for name, title, plot in found if plot}

@@ -7,6 +7,7 @@ from html import escape
 from qtale_jax.reporting import plots, tables
 from qtale_jax.reporting.aggregate import Summary, at_reference, families, reference_point
 from qtale_jax.reporting.cells import Table
+from qtale_jax.reporting.drawings import Drawings
 from qtale_jax.reporting.execution_map import MOST_TOKENS, execution_map
 from qtale_jax.reporting.figures import columns, swatch
 from qtale_jax.reporting.html_table import table_html
@@ -71,18 +72,18 @@ def _at_reference(summaries: Sequence[Summary], build: Callable[[Sequence[Summar
     return (table_html(table) if table else "") + folded
 
 
-def _tradeoff(summaries: Sequence[Summary]) -> str:
+def _tradeoff(summaries: Sequence[Summary], drawn: Sequence[Plot]) -> str:
     note = escape(tables.error_note(summaries, "A whisker"))
     axes = "Every panel has its own quality axis. " if plots.crowded(summaries) else ""
     figures = []
-    for metric in metrics(summaries):
+    for metric, plot in zip(metrics(summaries), drawn, strict=True):
         better = "Higher" if metric.higher_is_better else "Lower"
         caption = (
             f"<b>{_capital(metric.name)} against executed ratio, one panel per format.</b> {better} is better; further "
             "left is cheaper. Points of one method differ only in θ. A dotted line is a model that runs all layers, in "
             f"that format. Methods compare along a vertical line, at equal ratio. {axes}{note}"
         )
-        figures.append(_figure(plots.quality_by_ratio(summaries, metric), caption))
+        figures.append(_figure(plot, caption))
     return "".join(figures)
 
 
@@ -118,10 +119,9 @@ def _sizes(summaries: Sequence[Summary]) -> str:
     return figure + _titled((tables.bytes_table(summaries), tables.flops_table(summaries)))
 
 
-def _routing(summaries: Sequence[Summary]) -> str:
+def _routing(summaries: Sequence[Summary], gaps: Plot | None, layers: Plot | None) -> str:
     point = escape(point_label(reference_point(summaries)))
     body = []
-    gaps, layers = plots.gap_histograms(summaries), plots.layer_shares(summaries)
     if gaps:
         body.append(
             _figure(
@@ -187,36 +187,36 @@ def _making(making: Making) -> str:
 
 
 def _sections(
-    summaries: Sequence[Summary], runs: Sequence[TrainingRun], making: Making, held_out: Sequence[Summary]
+    summaries: Sequence[Summary], making: Making, held_out: Sequence[Summary], drawings: Drawings
 ) -> list[_Section]:
     routed = [summary for summary in summaries if summary.routing != "dense"]
-    task_table, curves = tables.task_table(summaries), plots.training_curves(runs, summaries)
+    task_table = tables.task_table(summaries)
     found = [_Section("results", "Results", _titled(tables.quality_tables(summaries)))]
     if verdicts := verdict_table(summaries):
         found.append(_Section("claims", verdicts.title, table_html(verdicts)))
     if gains := tables.paired_tables(summaries):
         found.append(_Section("paired", "Paired differences", _titled(gains)))
-    found.append(_Section("ratio", "Quality against executed ratio", _tradeoff(summaries)))
-    reach, reached = plots.threshold_reach(summaries), tables.reach_table(summaries)
+    found.append(_Section("ratio", "Quality against executed ratio", _tradeoff(summaries, drawings.quality)))
+    reach, reached = drawings.reach, tables.reach_table(summaries)
     if reach and reached:
         found.append(_Section("reach", "Reach of θ", _reach(reach, reached)))
-    if sweep := plots.sweep(summaries):
-        found.append(_Section("sweep", "Sweeps", _sweep(sweep, summaries)))
+    if drawings.sweep:
+        found.append(_Section("sweep", "Sweeps", _sweep(drawings.sweep, summaries)))
     if task_table:
         found.append(_Section("tasks", task_table.title, _at_reference(summaries, tables.task_table)))
     if routed:
-        found.append(_Section("routing", "Routing", _routing(summaries)))
+        found.append(_Section("routing", "Routing", _routing(summaries, drawings.gaps, drawings.layers)))
     if any(row.evaluations[0].maps for row in at_reference(summaries) if row.routing != "dense"):
         found.append(_Section("maps", "Which layers run for which token", _maps_section(summaries)))
     if held_out:
         found.append(_Section("held-out", "Held-out tasks", _titled(tables.held_out_tables(held_out))))
     found.append(_Section("cost", "Bytes and FLOPs", _sizes(summaries)))
-    if curves:
+    if drawings.training:
         caption = (
             "<b>Training, as logged.</b> One line per run. Executed ratio and flip rate are of the decisions sampled "
             "in training."
         )
-        found.append(_Section("training", "Training", _figure(curves, caption)))
+        found.append(_Section("training", "Training", _figure(drawings.training, caption)))
     return [*found, _Section("making", "How this was made", _making(making))]
 
 
@@ -237,6 +237,7 @@ def build_page(
     runs: Sequence[TrainingRun],
     making: Making,
     held_out: Sequence[Summary] = (),
+    drawings: Drawings | None = None,
 ) -> str:
     """The whole report as one HTML document without references to anything outside it.
 
@@ -246,8 +247,9 @@ def build_page(
         runs: logs of training.
         making: how all of it was made.
         held_out: what was measured on tasks that nothing was chosen by.
+        drawings: plots of the summaries and runs, if there are some already.
     """
-    sections = _sections(summaries, runs, making, held_out)
+    sections = _sections(summaries, making, held_out, drawings or Drawings(summaries, runs))
     links = "".join(f'<a href="#{section.anchor}">{escape(section.heading)}</a>' for section in sections)
     body = "".join(
         f'<section id="{section.anchor}"><h2>{escape(section.heading)}</h2>{section.body}</section>\n'

@@ -130,14 +130,21 @@ def model(routed, request):
 
 
 @pytest.mark.parametrize(
-    "model", ["window", "head size", "two kinds of layers", "int4", "without_eviction", "hashed"], indirect=True
+    "model",
+    [
+        "two kinds of layers",
+        "int4",
+        "without_eviction",
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("window", "head size", "hashed")),
+    ],
+    indirect=True,
 )
 def test_all_kinds_of_models(model):
     execute = agrees(model, random_tokens(5), LENGTHS, Thresholded(jnp.full(2, 0.55)))
     assert 0.1 < execute[:, 2:, 1:].mean() < 0.9
 
 
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_a_row_does_not_depend_on_those_beside_it(routed, rows):
     tokens, policy = random_tokens(6), Thresholded(jnp.asarray(routed[0].thresholds, jnp.float32))
     logits, execute, _ = engine(routed, tokens, LENGTHS, policy)

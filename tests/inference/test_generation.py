@@ -100,11 +100,9 @@ def test_skipping_a_layer_in_the_whole_prompt_is_no_different(without_eviction, 
 @pytest.mark.parametrize(
     ("name", "cache_dtype"),
     [
-        ("dense", None),
         ("routed", None),
-        ("without_eviction", None),
-        ("hashed", None),
-        ("routed", jnp.dtype(jnp.int8)),
+        *(pytest.param(name, None, marks=pytest.mark.exhaustive) for name in ("dense", "without_eviction", "hashed")),
+        pytest.param("routed", jnp.dtype(jnp.int8), marks=pytest.mark.exhaustive),
         ("without_eviction", jnp.dtype(jnp.int8)),
     ],
     ids=lambda value: value if isinstance(value, str) else "int8" if value else "float",

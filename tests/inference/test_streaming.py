@@ -135,6 +135,7 @@ def test_one_program_per_shape_and_none_after_the_first_call(routed, prompts):
     assert [program._cache_size() for program in (prefill, decode)] == after
 
 
+@pytest.mark.exhaustive  # tests/inference/test_advance.py has it for one call
 def test_theta_zero_is_the_dense_model(routed, prompts):
     spec, params = routed
     dense = spec.structure.model_copy(update={"routing": None})

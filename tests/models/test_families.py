@@ -34,7 +34,13 @@ FEATURES = {
 }
 
 
-@pytest.fixture(params=FEATURES)
+# Those that "everything" has together, too.
+ALONE = ("biases", "window", "head norms")
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.exhaustive if name in ALONE else ()) for name in FEATURES], ids=str
+)
 def model(request, make_spec, make_params):
     """A routed model with adapters and one of the features."""
     spec = make_spec(routing={"always_on_layers": 1}, lora={"targets": ("query", "value")}, **FEATURES[request.param])

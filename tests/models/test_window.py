@@ -89,7 +89,7 @@ def test_the_gates_of_training_have_the_value_of_the_mask(windowed, make_params,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("eviction", [True, False])
-@pytest.mark.parametrize("theta", [0.0, 0.6])
+@pytest.mark.parametrize("theta", [0.6, pytest.param(0.0, marks=pytest.mark.exhaustive)])
 def test_cached_decoding_equals_the_whole_pass(windowed, make_params, run, tokens, eviction, theta):
     """Prefill of four tokens in rows of two lengths, then one token at a time."""
     routing = {"always_on_layers": 1, "always_on_tokens": 1, "eviction": eviction}

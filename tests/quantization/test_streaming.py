@@ -146,11 +146,12 @@ KILLS = (("identity.json", 0.1), ("layers/00000.json", 0.0), ("layers/00001.json
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_and_resumed_equals_one_run(make_config, tmp_path, whole):
+@pytest.mark.parametrize("kills", [KILLS[2:], pytest.param(KILLS, marks=pytest.mark.exhaustive)], ids=len)
+def test_killed_again_and_again_and_resumed_equals_one_run(make_config, tmp_path, whole, kills):
     file, partial = tmp_path / "config.yaml", tmp_path / ".out.partial"
     file.write_text(yaml.safe_dump(make_config()))
     notes: dict[str, int] = {}
-    for name, wait in KILLS:
+    for name, wait in kills:
         with start(file) as process:
             while not (partial / name).exists():
                 assert process.poll() is None, process.communicate()[1]
@@ -180,7 +181,7 @@ def test_killed_again_and_again_and_resumed_equals_one_run(make_config, tmp_path
     "settings",
     [
         {"method": "awq", "rules": [{"match": "1/down", "bits": 16}, {"match": "2/down", "bits": 3}], "head_bits": 8},
-        {"method": "rtn", "bits": 3},
+        pytest.param({"method": "rtn", "bits": 3}, marks=pytest.mark.exhaustive),
     ],
     ids=["awq", "rtn"],
 )
@@ -206,7 +207,9 @@ def flip_a_bit(file: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize(
+    "damage", [flip_a_bit, *(pytest.param(f, marks=pytest.mark.exhaustive) for f in (truncate, Path.unlink))]
+)
 def test_damaged_layers_are_quantized_again(make_config, tmp_path, whole, damage):
     job = interrupted(make_config(), after=2)
     files = (tmp_path / ".out.partial" / "arrays" / "part-00000").rglob("*")

@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from qtale_jax.reporting.aggregate import summarize
+from qtale_jax.reporting.drawings import Drawings
 from qtale_jax.reporting.figures import all_figures, quality_figures, standalone
 from qtale_jax.reporting.labels import Look
 from qtale_jax.reporting.logs import read_training
@@ -43,7 +44,9 @@ def test_panels_lie_side_by_side_inside_the_figure_below_the_legend(count):
 def test_a_report_has_each_of_its_plots_as_a_file_that_needs_nothing_else(experiment):
     evaluations = read_evaluations(experiment / "evaluation")
     summaries = summarize(evaluations)
-    found = all_figures(summaries, read_training(experiment, {each.row.model for each in evaluations}))
+    found = all_figures(
+        summaries, Drawings(summaries, read_training(experiment, {each.row.model for each in evaluations}))
+    )
     assert list(quality_figures(summaries)) == ["accuracy_by_ratio.svg", "nats_by_ratio.svg"]
     assert set(found) >= {*quality_figures(summaries), "logit_gaps.svg", "layers.svg", "training.svg"}
     for svg in found.values():

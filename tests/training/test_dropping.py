@@ -59,7 +59,10 @@ def rows() -> tuple[np.ndarray, np.ndarray]:
     return tokens, segments
 
 
-KINDS = [{}, {"sliding_window": 3, "global_layers": (1, 4), "local_rope_theta": 50.0}]
+KINDS = [
+    pytest.param({}, marks=pytest.mark.exhaustive),
+    {"sliding_window": 3, "global_layers": (1, 4), "local_rope_theta": 50.0},
+]
 """Fields of the architecture: all layers alike, or the second and the last without a window."""
 
 

@@ -78,8 +78,14 @@ def last_line(text: str) -> str:
     return text.strip().splitlines()[-1]
 
 
-def test_two_processes_equal_one_and_go_on_after_sigterm_and_sigkill(write_config, parent, two, run_module):
-    single, whole, stopped = (write_config(path=str(parent)) for _ in range(3))
+@pytest.fixture(scope="module")
+def whole(write_config, parent) -> Path:
+    """The configuration of a run in two processes from start to end, which the first test makes."""
+    return write_config(path=str(parent))
+
+
+def test_two_processes_equal_one(write_config, parent, two, run_module, whole):
+    single = write_config(path=str(parent))
     done = run_module("qtale_jax.train", single, devices=8)
     assert done.returncode == 0, done.stderr
 
@@ -104,30 +110,39 @@ def test_two_processes_equal_one_and_go_on_after_sigterm_and_sigkill(write_confi
     for name in one:
         np.testing.assert_allclose(both[name], one[name], atol=1e-5, rtol=0, err_msg=name)
 
-    run = stopped.parent / "run"
-    pair = two(stopped)
-    pair.until((run / "run.json").exists)
-    pair.running[1].send_signal(signal.SIGTERM)  # one of them is told to stop
-    assert pair.wait() == [0, 0], pair.logs()
-    assert "SIGTERM: saved after step" in last_line(pair.errors(0)) and "Traceback" not in pair.logs()
-    saved = int(last_line(pair.errors(0)).split("saved after step ")[1].split()[0])
-    assert saved < STEPS and (run / "checkpoints" / str(saved)).is_dir() and not (run / "trained").exists()
 
-    pair = two(stopped)
-    wanted = max(saved + 1, 4)
-    pair.until(lambda: f"step {wanted}/{STEPS}" in pair.errors(0))
-    assert saved == 0 or f"step {saved}/{STEPS}" not in pair.errors(0)
-    pair.running[1].kill()
-    assert pair.wait(timeout=120) == [1, -signal.SIGKILL], pair.logs()
-    assert last_line(pair.errors(0)).startswith("error: process 1 of 2 is gone") and "Traceback" not in pair.errors(0)
+def stop(signal_number: signal.Signals, pair, config: Path) -> None:
+    """Ends one of two processes that train, and checks what both say."""
+    run = config.parent / "run"
+    if signal_number == signal.SIGTERM:  # one of them is told to stop
+        pair.until((run / "run.json").exists)
+        pair.running[1].send_signal(signal_number)
+        assert pair.wait() == [0, 0], pair.logs()
+        assert "SIGTERM: saved after step" in last_line(pair.errors(0)) and "Traceback" not in pair.logs()
+        saved = int(last_line(pair.errors(0)).split("saved after step ")[1].split()[0])
+        assert saved < STEPS and (run / "checkpoints" / str(saved)).is_dir()
+    else:
+        pair.until(lambda: f"step 5/{STEPS}" in pair.errors(0))  # after the first checkpoint
+        pair.running[1].kill()
+        assert pair.wait(timeout=120) == [1, -signal.SIGKILL], pair.logs()
+        message = last_line(pair.errors(0))
+        assert message.startswith("error: process 1 of 2 is gone") and "Traceback" not in pair.errors(0)
     assert not (run / "trained").exists()
 
-    pair = two(stopped)
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive)])
+def test_two_processes_go_on_bit_for_bit(write_config, parent, two, whole, signal_number):
+    config = write_config(path=str(parent))
+    stop(signal_number, two(config), config)
+    if not (whole.parent / "run" / "trained").exists():  # this test was asked for alone
+        assert two(whole).wait() == [0, 0]
+    pair = two(config)
     assert pair.wait() == [0, 0], pair.logs()
-    assert f"step 1/{STEPS}" not in pair.errors(0)
-    assert rows(stopped) == rows(whole)
-    again = arrays(stopped)
-    assert all(again[name].tobytes() == both[name].tobytes() for name in both)
+    if signal_number == signal.SIGKILL:
+        assert f"step 1/{STEPS}" not in pair.errors(0)
+    assert rows(config) == rows(whole)
+    found, expected = arrays(config), arrays(whole)
+    assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
 
 
 def test_bad_input_of_one_process_ends_both_with_its_message(write_config, two):

@@ -17,7 +17,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.first]
 
 STEPS = 40
 TRAIN = {"steps": STEPS, "checkpoint_every": 2, "evaluate_every": 7, "parameters": "adapters"}
-KILLS = (3, 8, 15, 21, 30)
 
 
 @pytest.fixture
@@ -52,12 +51,11 @@ def uninterrupted(tmp_path_factory, settings, run_once) -> Path:
     return folder / "run"
 
 
-def test_killed_at_five_steps_and_resumed_equals_one_run(
-    tmp_path, run_folder, training_process, run_module, uninterrupted
-):
+@pytest.mark.parametrize("kills", [(8, 21), pytest.param((3, 8, 15, 21, 30), marks=pytest.mark.exhaustive)])
+def test_killed_and_resumed_equals_one_run(tmp_path, run_folder, training_process, run_module, uninterrupted, kills):
     config, folder = run_folder("run", train=TRAIN), tmp_path / "run"
     reached = []
-    for step in KILLS:
+    for step in kills:
         with training_process(config) as process:
             wait_for_step(process, step)
             process.kill()
