@@ -94,7 +94,7 @@ def assert_is_the_product(out: jax.Array, x: jax.Array, restored: np.ndarray) ->
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("group", [-1, 16, 32, 64, 128])
+@pytest.mark.parametrize("group", [-1, 16, 64, *(pytest.param(g, marks=pytest.mark.exhaustive) for g in (32, 128))])
 def test_equals_the_product_with_the_restored_matrix(bits, group, symmetric):
     scale = SCALES[(bits + group + symmetric) % 3]
     format = TensorFormat(bits=bits, group_size=group, symmetric=symmetric, scale_dtype=scale)

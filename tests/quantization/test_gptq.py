@@ -36,7 +36,17 @@ def case_name(case) -> str:
     return f"{inputs}x{outputs}-{format.bits}bit-g{format.group_size}{sign}{rows}"
 
 
-@pytest.fixture(params=CASES, ids=case_name)
+REPEATED = (1, 2, 4, 7, 9, 10)
+"""Of the first twelve, those whose bits, groups and signs others have as well."""
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(case, marks=pytest.mark.exhaustive if index in REPEATED else ())
+        for index, case in enumerate(CASES)
+    ],
+    ids=case_name,
+)
 def case(request):
     return request.param
 
