@@ -145,6 +145,7 @@ def test_both_engines_and_the_stream_say_the_same(model):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_generation_with_an_int8_cache(model, path, tmp_path, capsys):
     """The argument and the configuration key choose the same program, another one than without them."""
     default, before = model.generate([PROMPT], 5), decode._cache_size()

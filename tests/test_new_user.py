@@ -56,6 +56,7 @@ def commands() -> list[list[str]]:
     return [shlex.split(line) for line in block.group(1).splitlines()]
 
 
+@pytest.mark.exhaustive  # a minute
 @pytest.mark.slow
 def test_five_commands_lead_to_a_routed_model_in_4_bits_and_its_report(folder, commands, monkeypatch, capsys):
     monkeypatch.chdir(folder)

@@ -61,6 +61,7 @@ def test_quantized_weights_are_sharded_like_what_they_belong_to(loaded, rows, sh
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_batches_that_the_devices_do_not_divide(loaded, rows):
     assert_same(scored(on_mesh(loaded, (8, 1, 1)), rows, 3), scored(loaded, rows, 3))
 

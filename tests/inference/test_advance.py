@@ -134,8 +134,10 @@ def model(routed, request):
     [
         "two kinds of layers",
         "int4",
-        "without_eviction",
-        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("window", "head size", "hashed")),
+        *(
+            pytest.param(name, marks=pytest.mark.exhaustive)
+            for name in ("without_eviction", "window", "head size", "hashed")
+        ),
     ],
     indirect=True,
 )

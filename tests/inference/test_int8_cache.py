@@ -224,6 +224,7 @@ def test_stories260k_keeps_to_its_story(stories):
     assert agree.sum() >= 100
 
 
+@pytest.mark.exhaustive
 def test_stories260k_loses_little_likelihood(stories, shared_data):
     model, _ = stories
     text = (shared_data / "text" / "tinystories_train_sample.txt").read_text(encoding="utf-8", errors="ignore")

@@ -82,6 +82,7 @@ def test_tokens_are_those_of_the_masked_engine(routed, prompts):
     assert not np.array_equal(run(routed, prompts, **sampling).tokens, out.tokens)
 
 
+@pytest.mark.exhaustive
 def test_an_int8_cache(without_eviction, prompts):
     options = Options(chunk=4, width=5, page=2, cache_dtype=jnp.dtype(jnp.int8))
     same(

@@ -32,7 +32,7 @@ def layout(request, routed):
     return spec, params if request.param == "unrolled" else stack_layers(spec, params)
 
 
-@pytest.mark.parametrize("theta", [0.0, -1.0])
+@pytest.mark.parametrize("theta", [0.0, pytest.param(-1.0, marks=pytest.mark.exhaustive)])
 def test_no_threshold_equals_the_dense_base_bit_for_bit(layout, routed, run_optimized, tokens, theta):
     spec, params = layout
     base = spec.model_copy(update={"routing": None})
@@ -107,7 +107,9 @@ def pairs(gaps) -> jax.Array:
     return jnp.stack([jnp.zeros_like(gaps), gaps], axis=-1)
 
 
-@pytest.mark.parametrize("theta", [0.05, 0.3, 0.5, 0.8, 0.99])
+@pytest.mark.parametrize(
+    "theta", [0.05, 0.5, *(pytest.param(x, marks=pytest.mark.exhaustive) for x in (0.3, 0.8, 0.99))]
+)
 def test_without_noise_a_shift_decides_as_a_threshold_does(theta):
     """log(R / (1 - R)) stands for theta = 1 - R; gaps where rounding could differ are left out."""
     shift = np.log((1 - theta) / theta)

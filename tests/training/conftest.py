@@ -156,7 +156,7 @@ def run_once(process_environment, training_command) -> Callable[[Path, dict[str,
         done = subprocess.run(
             training_command(file),
             cwd=folder,
-            env=process_environment(optimized=True),
+            env=process_environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -176,7 +176,7 @@ def training_process(tmp_path, process_environment, training_command) -> Callabl
         process = subprocess.Popen(
             training_command(*arguments),
             cwd=tmp_path,
-            env=process_environment(optimized=True),
+            env=process_environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -60,7 +60,9 @@ def measured(path: Path, config: Config, theta: float | None = None) -> dict:
     return evaluate(load_model(path), changed)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.exhaustive if n == "noise" else ()) for n in METHODS]
+)
 def test_training_is_finite_and_leaves_a_whole_model(fine_tuned, name):
     path, rows, _ = fine_tuned(name)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]

@@ -130,7 +130,8 @@ def stop(signal_number: signal.Signals, pair, config: Path) -> None:
     assert not (run / "trained").exists()
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive  # a minute each
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
 def test_two_processes_go_on_bit_for_bit(write_config, parent, two, whole, signal_number):
     config = write_config(path=str(parent))
     stop(signal_number, two(config), config)

@@ -1,6 +1,8 @@
-"""Runs as users start, kill and continue them: real processes on one device, compared bit for bit."""
+"""Runs as users start, kill and continue them: real processes on one device, compared bit for bit.
 
-import functools
+All of them run the same programs, unoptimized.
+"""
+
 import json
 import signal
 from pathlib import Path
@@ -17,12 +19,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.first]
 
 STEPS = 40
 TRAIN = {"steps": STEPS, "checkpoint_every": 2, "evaluate_every": 7, "parameters": "adapters"}
-
-
-@pytest.fixture
-def run_module(run_module):
-    """With the programs that users run: bits are compared here."""
-    return functools.partial(run_module, optimized=True)
 
 
 def wait_for_step(process, step: int) -> None:

@@ -63,7 +63,7 @@ def test_five_tasks_as_the_harness_own_backend_has_them(
         assert task["requests"] == sum(map(len, golden["responses"][:limit]))
         assert task["executed_ratio"] == 1.0 and task["flops_per_token"] > 0
         (line,) = [line for line in out.splitlines() if f"{name}.jsonl" in line]
-        assert f"{golden['acc']:.4f}" in line and "1.0000" in line and f"{task['flops_per_token']:.3g}" in line
+        assert f"{task['metrics']['acc']:.4f}" in line and "1.0000" in line and f"{task['flops_per_token']:.3g}" in line
 
 
 def test_files_of_rows_and_yaml_files_become_tasks(tmp_path):
