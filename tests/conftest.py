@@ -3,6 +3,7 @@
 What has to be set before JAX starts is set in the environment here, at import; processes that tests start inherit it.
 """
 
+import importlib
 import os
 import shutil
 import socket
@@ -149,6 +150,24 @@ def run_module(tmp_path: Path, process_environment) -> RunModule:
         return subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, **(defaults | settings)
         )
+
+    return run
+
+
+@pytest.fixture
+def run_here(tmp_path: Path, monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `python -m MODULE ARGUMENTS...` in the test's empty folder, but in this process: imports take seconds."""
+
+    def run(module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        from qtale_jax import command
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            command.run(importlib.import_module(module).main)
+        captured = capsys.readouterr()
+        return subprocess.CompletedProcess(sys.argv, int(stop.value.code or 0), captured.out, captured.err)
 
     return run
 

@@ -81,7 +81,7 @@ def test_the_entry_point(tmp_path, run_module):
 
 
 @pytest.mark.slow
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, run_module):
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, run_here):
     broken = Path(shutil.copytree(GOLDEN / "llama2", tmp_path / "broken"))
     content = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(content[:-100])
@@ -95,7 +95,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, run_module):
         (("--to-hf", GOLDEN / "llama2", "out"), "is not a model directory: model.json is missing"),
         ((GOLDEN / "llama2", "out", "--dtype", "int8"), "argument --dtype: invalid choice: 'int8'"),
     ):
-        done = run_module("qtale_jax.convert", *arguments)
+        done = run_here("qtale_jax.convert", *arguments)
         assert (done.returncode, done.stdout) == (2, ""), done.stderr
         assert re.fullmatch(r"error: .*\n", done.stderr)
         assert message in done.stderr

@@ -16,7 +16,7 @@ from qtale_jax.reporting.results import RESULT_KEYS
 pytestmark = [pytest.mark.slow, pytest.mark.first]
 
 
-def test_an_experiment_runs_once_and_then_only_reports(tmp_path, run_module):
+def test_an_experiment_runs_once_and_then_only_reports(tmp_path, run_module, run_here):
     words = list(reasoning.WORDS)
     texts = [" ".join(words[(5 * i) % 40 :][:10]) for i in range(40)]
     (tmp_path / "text.txt").write_text("<|endoftext|>".join(texts))
@@ -59,7 +59,7 @@ def test_an_experiment_runs_once_and_then_only_reports(tmp_path, run_module):
     files = {p for p in run.rglob("*") if p.is_file() and "report" not in p.name}
     files -= {run / "results.json", run / "README.md", *run.glob("figures/*")}  # written again with the report
     kept = {p: p.stat().st_mtime_ns for p in files}
-    again = run_module("qtale_jax.experiment", "tiny.yaml")
+    again = run_here("qtale_jax.experiment", "tiny.yaml")
     assert again.returncode == 0, again.stderr
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
     assert "started" not in again.stderr

@@ -107,7 +107,7 @@ def test_bfloat16_models_keep_their_type(tmp_path):
     assert loaded.params["layers"][0]["mlp"]["up"]["quantized"]["values"].dtype == jnp.int8
 
 
-def test_command_line(parent, tmp_path, run_module):
+def test_command_line(parent, tmp_path, run_module, run_here):
     (tmp_path / "c.yaml").write_text(f"quantize: {{model: {parent}, bits: 4}}\n")
     arguments = ("c.yaml", "quantize.output=out", "quantize.group_size=16")
     done = run_module("qtale_jax.quantize", *arguments)
@@ -119,7 +119,7 @@ def test_command_line(parent, tmp_path, run_module):
         (("c.yaml", "quantize.output=new", "quantize.group_size=32"), "group_size=32"),
         (("c.yaml", "quantize.output=new", "quantize.bits=5"), "bits"),
     ):
-        refused = run_module("qtale_jax.quantize", *change)
+        refused = run_here("qtale_jax.quantize", *change)
         assert refused.returncode == 2
         assert len(refused.stderr.strip().splitlines()) == 1 and message in refused.stderr
     assert not (tmp_path / "new").exists()
