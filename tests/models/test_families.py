@@ -106,6 +106,7 @@ def test_merged_adapters_compute_the_same(model, run, tokens):
     np.testing.assert_allclose(run(merged_spec, merged, tokens).logits, run(spec, params, tokens).logits, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_theta_zero_is_the_dense_model_to_the_bit(model, run_optimized, tokens):
     spec, params = merge_lora(*model)
     dense_spec = spec.model_copy(update={"routing": None})

@@ -32,6 +32,7 @@ def layout(request, routed):
     return spec, params if request.param == "unrolled" else stack_layers(spec, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theta", [0.0, pytest.param(-1.0, marks=pytest.mark.exhaustive)])
 def test_no_threshold_equals_the_dense_base_bit_for_bit(layout, routed, run_optimized, tokens, theta):
     spec, params = layout

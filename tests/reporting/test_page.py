@@ -121,6 +121,7 @@ def test_what_is_not_changed_is_not_shown(summaries):
     assert "<h3>Configuration</h3>" not in page and "1 evaluation, 1 seed." in page
 
 
+@pytest.mark.slow
 def test_a_study_has_sections_of_gains_reach_and_sweeps(study):
     found = summarize(study)
     read = _Reader(build_page("Study", found, [], MAKING))
@@ -132,6 +133,7 @@ def test_a_study_has_sections_of_gains_reach_and_sweeps(study):
     assert "QTALE at 0.03, 0.1, 0.3" in text and "Every panel has its own quality axis." in text
 
 
+@pytest.mark.slow
 def test_absent_sections_are_left_out(summaries, text_experiment):
     ids = _Reader(build_page("Tasks", summaries, [], MAKING)).ids
     assert "paired" in ids and not {"reach", "sweep"} & set(ids)

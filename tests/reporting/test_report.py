@@ -102,6 +102,7 @@ def test_the_command_names_the_page(output, tmp_path):
     assert "python -m qtale_jax.report" in (output / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_two_and_one_line_without_results(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"output": str(tmp_path / "empty")}))
     done = _command(str(tmp_path / "config.yaml"))

@@ -79,6 +79,7 @@ def test_more_padding_changes_no_score(small, pairs, monkeypatch):
     assert len(shapes) == len(pairs) and min(shapes) <= 16 < widest  # these were padded to 16 before
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_loses_its_beginning_and_is_counted(small, pairs):
     model = HarnessModel(small, batch_size=4)
     found = model.loglikelihood([instance("loglikelihood", *pair) for pair in pairs])

@@ -74,6 +74,7 @@ def stored(model: qtale_jax.Model) -> qtale_jax.Model:
     return dataclasses.replace(model, params=jax.tree_util.tree_map_with_path(leaf, model.params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", ["awq", None])
 def test_quantized_models_decide_as_before(models, tmp_path, packed):
     to_huggingface(models / "quantized", tmp_path / "hf", quantized=packed)
