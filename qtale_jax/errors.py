@@ -24,16 +24,19 @@ def disk_error(error: BaseException) -> str | None:
 
     Libraries that write in the background wrap what the system said, some of them as text.
     """
+    waiting: list[BaseException | None] = [error]
     seen: set[int] = set()
-    found: BaseException | None = error
-    while found is not None and id(found) not in seen:
+    while waiting:
+        found = waiting.pop()
+        if found is None or id(found) in seen:
+            continue
         seen.add(id(found))
         if isinstance(found, OSError) and found.errno in DISK:
             return f"{found.filename or 'output'}: {found.strerror}"
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             if os.strerror(number) in str(found):
                 return f"output: {os.strerror(number)}"
-        found = found.__cause__ or found.__context__
+        waiting += [found.__context__, found.__cause__]
     return None
 
 

@@ -17,8 +17,8 @@ from qtale_jax.training.step import TrainState
 
 log = logging.getLogger(__name__)
 
-# Orbax reports every save and load through absl; what matters here is raised or printed by the loop.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax reports every save and load through absl, and failures of its threads, which it raises as well, with tracebacks.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class DamagedCheckpoint(Exception):
