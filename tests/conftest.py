@@ -3,6 +3,7 @@
 What has to be set before JAX starts is set in the environment here, at import; processes that tests start inherit it.
 """
 
+import gc
 import importlib
 import os
 import shutil
@@ -54,6 +55,9 @@ _own_cache = _prepare_environment()
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
+
+# Tracing makes many objects that live as long as the program; looking through them again every 700 costs a few percent.
+gc.set_threshold(50_000, 20, 20)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
