@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     settings = config.generate
     model = load(Path(settings.model or paths.newest(config)), compute_dtype=config.train.compute_dtype)
+    model = model.with_kernels(settings.kernels)
     prompts = settings.prompts or ("",)
     found = model.generate(
         prompts,

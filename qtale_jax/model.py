@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from qtale_jax.models.decoder import Parameters
 from qtale_jax.models.describe import describe
 from qtale_jax.models.forward import Output, Routing, forward
 from qtale_jax.models.policy import Policy
-from qtale_jax.models.specification import ModelSpecification
+from qtale_jax.models.specification import Kernels, ModelSpecification
 
 _forward = jax.jit(forward, static_argnames=("spec", "compute_dtype", "remat"))
 
@@ -291,6 +291,16 @@ class Model:
         thresholds = {**self.spec.routing.thresholds, str(self.spec.bits): values}
         routing = self.spec.routing.model_copy(update={"thresholds": thresholds})
         return dataclasses.replace(self, spec=self.spec.model_copy(update={"routing": routing}))
+
+    def with_kernels(self, kernels: Kernels) -> "Model":
+        """The same model with another choice of kernels, see `ModelSpecification`; numbers stay but for rounding.
+
+        Raises:
+            InputError: an unknown choice.
+        """
+        if kernels not in get_args(Kernels):
+            raise InputError(f"kernels={kernels!r}; allowed: {', '.join(map(repr, get_args(Kernels)))}")
+        return dataclasses.replace(self, spec=self.spec.model_copy(update={"kernels": kernels}))
 
     def __repr__(self) -> str:
         return f"Model({'; '.join(describe(self.spec).values())})"

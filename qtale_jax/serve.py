@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = config.serve
     source = Path(settings.model or paths.newest(config))
     with bound_socket(settings.host, settings.port) as listener:
-        model = load(source, compute_dtype=config.train.compute_dtype)
+        model = load(source, compute_dtype=config.train.compute_dtype).with_kernels(settings.kernels)
         engine = Engine(model, _engine_options(settings))
         template = chat_template(settings, model.tokenizer)
         engine.warm_up()

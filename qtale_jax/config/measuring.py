@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from qtale_jax.config.section import Fraction, Many, NotNegative, Positive, Section
+from qtale_jax.models.specification import Kernels
 
 
 class CalibrateConfig(Section):
@@ -83,4 +84,7 @@ class GenerateConfig(Section):
     )
     engine: Literal["skip", "masked"] = Field(
         default="skip", description="skip: only what executes is computed and kept; masked: the reference, for checks"
+    )
+    kernels: Kernels = Field(
+        default="xla", description="products with stored weights and attention: xla; pallas, where they fit, on TPUs"
     )

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from qtale_jax.config.section import Positive, Section
+from qtale_jax.models.specification import Kernels
 
 
 class ServeConfig(Section):
@@ -27,6 +28,9 @@ class ServeConfig(Section):
     )
     kv_cache: Literal["float", "int8"] = Field(
         default="float", description="cached keys and values: float, as activations; int8, rounded per token and head"
+    )
+    kernels: Kernels = Field(
+        default="xla", description="products with stored weights and attention: xla; pallas, where they fit, on TPUs"
     )
     chunk: Positive = Field(default=8, description="tokens that rows add between the times that others join and leave")
     width: Positive = Field(default=128, description="tokens of prompts that run in between")

@@ -12,7 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from qtale_jax.inference.pages import Pool, Stored
+from qtale_jax.kernels.page_attention import attend_kept
 from qtale_jax.models.attention import HIDDEN, attention_scores
+from qtale_jax.models.cache import RoundedVectors
+from qtale_jax.models.specification import Kernels
 
 BLOCK = 128
 """Slots that one turn of the loop reads: enough that the turn costs little beside them, few enough for the cache."""
@@ -55,6 +58,13 @@ class _Running:
         part = jnp.einsum("bkgcs,bskd->bkgcd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
         return _Running(top, self.mass * rescale + jnp.sum(weights, axis=-1), self.total * rescale[..., None] + part)
 
+    def merged(self, other: "_Running") -> "_Running":
+        """Over the keys of both."""
+        top = jnp.maximum(self.top, other.top)
+        ours, theirs = jnp.exp(self.top - top), jnp.exp(other.top - top)
+        total = self.total * ours[..., None] + other.total * theirs[..., None]
+        return _Running(top, self.mass * ours + other.mass * theirs, total)
+
 
 def attend_pages(
     query: Float[Array, "b c n d"],
@@ -64,6 +74,7 @@ def attend_pages(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    kernels: Kernels = "xla",
 ) -> Float[Array, "b c n d"]:
     """Softmax attention of queries to the fresh keys that are not later, and to all kept ones, which are earlier.
 
@@ -75,6 +86,7 @@ def attend_pages(
         window: a query sees the keys of this many positions, its own and those before it; None: all.
         scale: what scores are multiplied by; None: d ** -0.5.
         softcap: what they are capped at; None: nothing.
+        kernels: see `ModelSpecification`; the kernel is for one query per row that sees all kept keys.
 
     Returns:
         In the type of `query`; scores, softmax and sums are float32. A query that sees nothing gives some finite row.
@@ -111,7 +123,42 @@ def attend_pages(
         value = jnp.where(filled[:, :, None, None], part.value.astype(dtype), jnp.zeros((), dtype))
         return running.joined(scores(part.key.astype(dtype), visible), value)
 
-    turns = (jnp.max(kept.counts) + at_once * page - 1) // (at_once * page)
-    found = jax.lax.fori_loop(0, turns, block, start)
+    def by_blocks(start: _Running) -> _Running:
+        turns = (jnp.max(kept.counts) + at_once * page - 1) // (at_once * page)
+        return jax.lax.fori_loop(0, turns, block, start)
+
+    def by_kernel(start: _Running, interpret: bool = False) -> _Running:
+        return start.merged(
+            _kept_by_kernel(query, kept, groups, width**-0.5 if scale is None else scale, softcap, interpret)
+        )
+
+    if kernels == "xla" or length > 1 or window is not None:
+        found = by_blocks(start)
+    elif kernels == "interpreted":
+        found = by_kernel(start, interpret=True)
+    else:
+        found = jax.lax.platform_dependent(start, tpu=by_kernel, default=by_blocks)
     out = found.total / found.mass[..., None]
     return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, width).astype(dtype)
+
+
+def _kept_by_kernel(
+    query: Float[Array, "b 1 n d"], kept: Kept, groups: int, scale: float, softcap: float | None, interpret: bool
+) -> _Running:
+    pool, scales = (kept.pool.key, kept.pool.value), (None, None)
+    if isinstance(pool[0], RoundedVectors):
+        pool, scales = tuple(part.values for part in pool), tuple(part.scales for part in pool)
+    found = attend_kept(
+        query[:, 0],
+        *pool,
+        kept.table,
+        kept.counts,
+        scale=scale,
+        softcap=softcap,
+        key_scale=scales[0],
+        value_scale=scales[1],
+        interpret=interpret,
+    )
+    by_group = (query.shape[0], groups, query.shape[2] // groups, 1)
+    top, mass, total = found
+    return _Running(top.reshape(by_group), mass.reshape(by_group), total.reshape(*by_group, -1))

@@ -111,6 +111,7 @@ def run_compact(
         window=architecture.window(layer),
         scale=architecture.score_scale,
         softcap=architecture.attention_softcap,
+        kernels=block.kernels,
     )
 
     def project(hidden: Array, positions: Array):

@@ -18,7 +18,7 @@ from qtale_jax.models.cache import LayerCache
 from qtale_jax.models.context import Context
 from qtale_jax.models.layers import Embedding, Linear, RMSNorm
 from qtale_jax.models.router import Router
-from qtale_jax.models.specification import LINEARS, Architecture, ModelSpecification
+from qtale_jax.models.specification import LINEARS, Architecture, Kernels, ModelSpecification
 
 Parameters = dict[str, Any]
 """Nested dict of arrays; layer indices are ints, all other keys strings."""
@@ -68,6 +68,7 @@ class Block(nnx.Module):
                 bias=name in architecture.biases,
                 rank=lora.rank if lora and adapted else 0,
                 dropout=lora.dropout if lora and adapted else 0.0,
+                kernels=spec.kernels,
             )
 
         self.attention_norm = hidden_norm(architecture)
@@ -87,6 +88,7 @@ class Block(nnx.Module):
                 format=spec.quantization.format(layer, "router") if spec.quantization else None,
             )
         self.eviction = routing is not None and routing.eviction
+        self.kernels: Kernels = spec.kernels
 
     def __call__(
         self,
@@ -185,13 +187,16 @@ class Decoder(nnx.Module):
         architecture, dtype = spec.architecture, jnp.dtype(spec.dtype)
         formats = spec.quantization.formats if spec.quantization else {}
         table = (architecture.vocab_size, architecture.hidden_size)
-        self.embedding = Embedding(*table, dtype=dtype, rngs=rngs, format=formats.get("embedding"))
+        stored = formats.get("embedding")
+        self.embedding = Embedding(*table, dtype=dtype, rngs=rngs, format=stored, kernels=spec.kernels)
         wanted = range(architecture.num_layers) if layers is None else layers
         self.layers = nnx.List([Block(spec, layer, rngs=rngs) for layer in wanted])
         self.final_norm = hidden_norm(architecture)
         if not architecture.tied_head:
             shape = (architecture.hidden_size, architecture.vocab_size)
-            self.head = Linear(shape, axes=("embed", "vocab"), dtype=dtype, rngs=rngs, format=formats.get("head"))
+            stored = formats.get("head")
+            axes = ("embed", "vocab")
+            self.head = Linear(shape, axes=axes, dtype=dtype, rngs=rngs, format=stored, kernels=spec.kernels)
 
 
 def skeleton(spec: ModelSpecification) -> Decoder:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from qtale_jax.models.specification import TensorFormat
+from qtale_jax.models.specification import Kernels, TensorFormat
 from qtale_jax.quantization.linear import QuantizedWeight, Weight, linear
 from qtale_jax.quantization.storage import abstract as abstract_storage
 
@@ -56,7 +56,7 @@ class LowRank(nnx.Module):
 class Quantized(nnx.Module):
     """Stored integers of a linear; placeholders until a model directory is loaded into them."""
 
-    def __init__(self, shape: tuple[int, int], format: TensorFormat, *, axes: tuple):
+    def __init__(self, shape: tuple[int, int], format: TensorFormat, *, axes: tuple, kernels: Kernels = "xla"):
         arrays = {name: jnp.zeros(a.shape, a.dtype) for name, a in abstract_storage(shape, format).items()}
         # Packed words and groups both run along the inputs, so every part keeps the axes of the kernel.
         self.values = parameter(arrays["values"], axes)
@@ -65,7 +65,7 @@ class Quantized(nnx.Module):
             self.zero_points = parameter(arrays["zero_points"], (None, axes[1]))
         if "order" in arrays:
             self.order = parameter(arrays["order"], (None,))
-        self.shape, self.format = shape, format
+        self.shape, self.format, self.kernels = shape, format, kernels
 
     def weight(self) -> QuantizedWeight:
         """The weight as `quantization.linear` takes it."""
@@ -76,6 +76,7 @@ class Quantized(nnx.Module):
             self.order[...] if self.format.permuted else None,
             format=self.format,
             shape=self.shape,
+            kernels=self.kernels,
         )
 
 
@@ -83,14 +84,21 @@ class Embedding(nnx.Module):
     """Token table; also the output head of tied models. Quantized, it is a matrix (size, vocabulary)."""
 
     def __init__(
-        self, vocab_size: int, size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, format: TensorFormat | None = None
+        self,
+        vocab_size: int,
+        size: int,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        format: TensorFormat | None = None,
+        kernels: Kernels = "xla",
     ):
         if format is None:
             # About 0.02 at the sizes of published models, and rows of unit length at any size.
             table = size**-0.5 * jax.random.normal(rngs.params(), (vocab_size, size), jnp.float32)
             self.table = parameter(table.astype(dtype), ("vocab", "embed"))
         else:
-            self.quantized = Quantized((size, vocab_size), format, axes=("embed", "vocab"))
+            self.quantized = Quantized((size, vocab_size), format, axes=("embed", "vocab"), kernels=kernels)
         self.is_quantized = format is not None
 
     def __call__(self, tokens: Int[Array, "..."]) -> Float[Array, "... d"]:
@@ -119,12 +127,13 @@ class Linear(nnx.Module):
         bias: bool = False,
         rank: int = 0,
         dropout: float = 0.0,
+        kernels: Kernels = "xla",
     ):
         if format is None:
             kernel = jax.random.normal(rngs.params(), shape, jnp.float32) * (scale / shape[0] ** 0.5)
             self.kernel = parameter(kernel.astype(dtype), axes)
         else:
-            self.quantized = Quantized(shape, format, axes=axes)
+            self.quantized = Quantized(shape, format, axes=axes, kernels=kernels)
         if bias:
             self.bias = parameter(jnp.zeros((shape[1],), jnp.float32), (axes[1],))
         if rank:

@@ -159,6 +159,7 @@ QUANTIZERS = ("rtn", "awq", "gptq", "magr", "magr+gptq")
 
 Quantizer = Literal["rtn", "awq", "gptq", "magr", "magr+gptq"]
 ScaleType = Literal["float32", "bfloat16", "float16"]
+Kernels = Literal["xla", "pallas", "interpreted"]
 
 
 class TensorFormat(_Frozen, frozen=True):
@@ -222,15 +223,22 @@ class QuantizationSpecification(_Frozen, frozen=True):
 
 
 class ModelSpecification(_Frozen, frozen=True):
-    """The static half of a model directory."""
+    """The static half of a model directory.
+
+    Attributes:
+        dropped_layers: layers of the model that it was made of that were taken out (static layer dropping).
+        kernels: what computes products with stored weights and attention to pages where there is a choice: "xla", or
+            "pallas" on TPUs (`qtale_jax.kernels`); "interpreted" runs these kernels slowly on any device. Not part of a
+            model directory.
+    """
 
     architecture: Architecture
     routing: RoutingSpecification | None = None
     lora: LoraSpecification | None = None
     quantization: QuantizationSpecification | None = None
     dropped_layers: tuple[int, ...] = ()
-    """Layers of the model that it was made of that were taken out (static layer dropping)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    kernels: Kernels = Field(default="xla", exclude=True)
 
     @model_validator(mode="after")
     def _check(self):

@@ -21,7 +21,6 @@ from qtale_jax.models.decoder import abstract_parameters
 from qtale_jax.parallel.axes import partition_spec
 from qtale_jax.parallel.mesh import build_mesh, replicated
 from qtale_jax.planning.collectives import collectives
-from qtale_jax.planning.devices import Topology
 from qtale_jax.planning.inference import InferencePlanner
 from qtale_jax.planning.plan import Subject
 from qtale_jax.planning.step import batch_shapes, teacher_of
@@ -43,7 +42,7 @@ def compile_steps(config: Config, subject: Subject, say: Callable[[str], None]) 
         subject: what is planned for.
         say: called with a line before and after each program.
     """
-    devices = _devices(subject.topology)
+    devices = topology_devices(subject.topology.name)
     jobs: dict[str, Callable[[], Any]] = {}
     if "train" in config.plan.compile:
         jobs["train"] = functools.partial(_lower_training, config, subject, devices)
@@ -80,16 +79,17 @@ def facts(program: jax.stages.Compiled) -> dict[str, Any]:
     }
 
 
-def _devices(topology: Topology) -> list:
+def topology_devices(name: str) -> list:
+    """The devices of a topology, v5e:2x2 for example, which programs can be compiled for."""
     # Without these libtpu looks for the machine that it runs on, complains, and refuses to be loaded by two processes.
     quiet = {
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)
-    return list(topologies.get_topology_desc(topology.name, "tpu").devices)
+    for variable, value in quiet.items():
+        os.environ.setdefault(variable, value)
+    return list(topologies.get_topology_desc(name, "tpu").devices)
 
 
 def _lower_training(config: Config, subject: Subject, devices: list) -> jax.stages.Lowered:

@@ -65,7 +65,8 @@ class InferencePlanner:
         Raises:
             InputError: rows are longer than the model's context.
         """
-        self.config, self.spec, self.topology = config, spec, topology
+        self.config, self.topology = config, topology
+        self.spec = spec.model_copy(update={"kernels": config.generate.kernels})
         self.context = config.plan.context or config.data.length
         if self.context > spec.architecture.max_length:
             raise InputError(

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8, Int32
 
-from qtale_jax.models.specification import TensorFormat
-from qtale_jax.quantization import blockwise
+from qtale_jax.kernels import quantized_matmul
+from qtale_jax.models.specification import Kernels, TensorFormat
+from qtale_jax.quantization import blockwise, groupwise
 from qtale_jax.quantization.rounding import restore
-from qtale_jax.quantization.storage import PACKED, unstore
+from qtale_jax.quantization.storage import PACKED, Stored, unstore
 
 
 @jax.tree_util.register_dataclass
@@ -25,12 +26,18 @@ class QuantizedWeight:
     """The input that each stored row belongs to; None: the rows stand in the order of the inputs."""
     format: TensorFormat = field(kw_only=True, metadata={"static": True})
     shape: tuple[int, int] = field(kw_only=True, metadata={"static": True})
+    kernels: Kernels = field(default="xla", kw_only=True, metadata={"static": True})
+    """What computes products with it, see `ModelSpecification`."""
 
     def dequantize(self, dtype: jnp.dtype = jnp.float32) -> Float[Array, "i o"]:
         """The weight in floating point, its inputs in their own order."""
+        return unstore(self.stored, self.shape, self.format, dtype)
+
+    @property
+    def stored(self) -> Stored:
+        """The arrays that there are, by name."""
         found = {"values": self.values, "scales": self.scales, "zero_points": self.zero_points, "order": self.order}
-        stored = {name: array for name, array in found.items() if array is not None}
-        return unstore(stored, self.shape, self.format, dtype)
+        return {name: array for name, array in found.items() if array is not None}
 
     def columns(self, outputs: Int[Array, "..."]) -> Float[Array, "... i"]:
         """The inputs' weights of some outputs, float32: the rows of a quantized embedding.
@@ -51,9 +58,10 @@ Weight = Float[Array, "i o"] | QuantizedWeight
 def linear(x: Float[Array, "... i"], weight: Weight, dtype: jnp.dtype | None = None) -> Float[Array, "... o"]:
     """Returns x @ weight, accumulated in float32, as `dtype` (default: the type of x).
 
-    A quantized weight is restored where it is used, so that XLA can fuse the conversion into the product's operand; few
-    rows on a CPU take the form of `blockwise`; with `activation_bits` 8 the product is an integer dot. Of a weight with
-    an order the activations are put into it, which is cheaper than to put the weight back and keeps the fusion.
+    A quantized weight is restored as a whole for many rows. Few rows take the form of `blockwise` on a CPU, elsewhere
+    that of `groupwise`, or on a TPU of `kernels.quantized_matmul` if the weight asks for it. With `activation_bits` 8
+    the product is an integer dot. Of a weight with an order the activations are put into it, which is cheaper than to
+    put the weight back.
     """
     dtype = x.dtype if dtype is None else dtype
     if not isinstance(weight, QuantizedWeight):
@@ -62,14 +70,24 @@ def linear(x: Float[Array, "... i"], weight: Weight, dtype: jnp.dtype | None = N
     if weight.format.activation_bits == 8:
         return integer_dot(x, weight).astype(dtype)
     rows = x.size // x.shape[-1]
-    if not 0 < rows <= blockwise.FEW_ROWS or blockwise.steps(*weight.shape, weight.format) is None:
-        return _multiply(x, weight.dequantize(x.dtype)).astype(dtype)
-    return jax.lax.platform_dependent(
-        x,
-        weight,
-        cpu=_few_rows,
-        default=lambda x, weight: _multiply(x, weight.dequantize(x.dtype)),
-    ).astype(dtype)
+    if not 0 < rows <= groupwise.FEW_ROWS:
+        return _restored(x, weight).astype(dtype)
+    by_blocks = rows <= blockwise.FEW_ROWS and blockwise.steps(*weight.shape, weight.format) is not None
+    forms = {"cpu": _by_blocks if by_blocks else _restored}
+    if weight.kernels != "xla" and quantized_matmul.block_inputs(weight.shape[0], weight.format) is not None:
+        if weight.kernels == "interpreted":
+            return _by_kernel(x, weight, interpret=True).astype(dtype)
+        forms["tpu"] = _by_kernel
+    return jax.lax.platform_dependent(x, weight, default=_by_groups, **forms).astype(dtype)
+
+
+def _restored(x: Float[Array, "... i"], weight: QuantizedWeight) -> Float[Array, "... o"]:
+    return _multiply(x, weight.dequantize(x.dtype))
+
+
+def _by_groups(x: Float[Array, "... i"], weight: QuantizedWeight) -> Float[Array, "... o"]:
+    out = groupwise.product(x.reshape(-1, x.shape[-1]), weight.stored, weight.shape, weight.format)
+    return out.reshape(*x.shape[:-1], -1)
 
 
 def _multiply(x: Float[Array, "... i"], matrix: Float[Array, "i o"]) -> Float[Array, "... o"]:
@@ -79,7 +97,13 @@ def _multiply(x: Float[Array, "... i"], matrix: Float[Array, "i o"]) -> Float[Ar
     return jnp.matmul(rows, matrix, preferred_element_type=jnp.float32).reshape(*x.shape[:-1], matrix.shape[-1])
 
 
-def _few_rows(x: Float[Array, "... i"], weight: QuantizedWeight) -> Float[Array, "... o"]:
+def _by_kernel(x: Float[Array, "... i"], weight: QuantizedWeight, interpret: bool = False) -> Float[Array, "... o"]:
+    rows, stored = x.reshape(-1, x.shape[-1]), (weight.values, weight.scales, weight.zero_points)
+    out = quantized_matmul.product(rows, *stored, weight.format, interpret=interpret)
+    return out.reshape(*x.shape[:-1], -1)
+
+
+def _by_blocks(x: Float[Array, "... i"], weight: QuantizedWeight) -> Float[Array, "... o"]:
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     out = blockwise.product(rows, weight.values, weight.scales, weight.zero_points, weight.format)
     return out.reshape(*x.shape[:-1], -1)

@@ -16,13 +16,13 @@ from qtale_jax.inference.pages import empty_pages
 from qtale_jax.models.decoder import initialize
 from qtale_jax.models.forward import forward, unembed
 from qtale_jax.models.policy import Dense, Fixed, Sampled, Thresholded
+from qtale_jax.models.specification import Architecture, ModelSpecification, RoutingSpecification
 from qtale_jax.quantization.pipeline import quantize_parameters
 
 pytestmark = pytest.mark.slow
 
 ROWS, CHUNK, STEPS, VOCABULARY, PAGE = 4, 6, 3, 29, 4
 PROMPT, WIDTH = 2 * CHUNK, 2 * CHUNK + STEPS
-PAGES = 3 * ROWS * -(-WIDTH // PAGE)
 
 reference = jax.jit(forward, static_argnums=0)
 
@@ -37,7 +37,8 @@ def engine(model, tokens, lengths, policy):
     """Logits and decisions (rows, length) of whole rows: `lengths` tokens by prefill, `STEPS` more by decode."""
     spec, params = model
     count = len(tokens)
-    cache = empty_pages(spec.architecture, count, WIDTH, PAGES * count // ROWS, jnp.float32, PAGE)
+    pages = spec.architecture.num_layers * count * -(-WIDTH // PAGE)
+    cache = empty_pages(spec.architecture, count, WIDTH, pages, jnp.float32, PAGE)
     logits = np.full((count, WIDTH, VOCABULARY), np.nan, np.float32)
     execute = np.zeros((count, WIDTH, spec.architecture.num_layers), bool)
     parts = [np.tile(np.arange(start, start + CHUNK), (count, 1)) for start in (0, CHUNK)]
@@ -64,7 +65,8 @@ def agrees(model, tokens, lengths, policy):
     present = np.arange(WIDTH) < (lengths + STEPS)[:, None]
     np.testing.assert_array_equal(execute[present], np.asarray(expected.routing.execute)[present])
     np.testing.assert_allclose(logits[present], np.asarray(expected.logits)[present], rtol=0, atol=1e-5)
-    kept = execute if spec.routing is not None and spec.routing.eviction else np.repeat(present[..., None], 3, 2)
+    evicts = spec.routing is not None and spec.routing.eviction
+    kept = execute if evicts else np.repeat(present[..., None], execute.shape[2], axis=2)
     np.testing.assert_array_equal(cache.counts, (kept & present[..., None]).sum(1).T)
     return execute
 
@@ -168,6 +170,66 @@ def test_a_theta_per_row(routed):
         alone, taken, _ = engine(routed, random_tokens(8), LENGTHS, policy)
         np.testing.assert_array_equal(taken[row], execute[row])
         np.testing.assert_allclose(alone[row], logits[row], rtol=0, atol=1e-5)
+
+
+@st.composite
+def random_models(draw):
+    """Any small model: shape, what a family may add, routing, quantizer, kernels."""
+    heads, groups = draw(st.sampled_from([(4, 2), (2, 1), (3, 3)]))
+    layers = draw(st.integers(2, 4))
+    extras = {
+        "tied_head": draw(st.booleans()),
+        "query_key_norm": draw(st.booleans()),
+        "biases": draw(st.sampled_from([(), ("query", "key", "value")])),
+        "sliding_window": draw(st.sampled_from([None, 4])),
+        "attention_softcap": draw(st.sampled_from([None, 2.0])),
+        "post_norms": draw(st.booleans()),
+    }
+    shape = Architecture(
+        vocab_size=VOCABULARY,
+        hidden_size=draw(st.sampled_from([16, 24])),
+        intermediate_size=32,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=groups,
+        head_dim=8,
+        max_length=64,
+        **extras,
+    )
+    routing = RoutingSpecification(
+        method="qtale",
+        always_on_layers=draw(st.integers(0, layers - 1)),
+        always_on_tokens=draw(st.integers(0, 2)),
+        router_hidden=8,
+        eviction=draw(st.booleans()),
+    )
+    spec = ModelSpecification(architecture=shape, routing=routing)
+    params = initialize(spec, jax.random.key(draw(st.integers(0, 2**16))))
+    bits = draw(st.sampled_from([16, 8, 4, 3, 2]))
+    if bits < 16:
+        groups, symmetric = draw(st.sampled_from([-1, 8])), draw(st.booleans())
+        config = QuantizeConfig(bits=bits, group_size=groups, symmetric=symmetric)
+        spec, params, *_ = quantize_parameters(spec, params, config)
+    return spec.model_copy(update={"kernels": draw(st.sampled_from(["xla", "interpreted"]))}), params
+
+
+def check_random_model(model, batch, data):
+    layers = len(model[0].routed_layers)
+    theta = data.draw(st.lists(st.floats(0.375, 0.625, width=32), min_size=layers, max_size=layers))
+    agrees(model, random_tokens(batch[0]), batch[1], Thresholded(jnp.asarray(theta, jnp.float32)))
+
+
+@given(model=random_models(), batch=batches, data=st.data())
+@settings(max_examples=5)
+def test_random_models(model, batch, data):
+    check_random_model(model, batch, data)
+
+
+@pytest.mark.exhaustive
+@given(model=random_models(), batch=batches, data=st.data())
+@settings(max_examples=60)
+def test_more_random_models(model, batch, data):
+    check_random_model(model, batch, data)
 
 
 def test_policies_of_training_are_refused():
