@@ -165,6 +165,24 @@ def test_generation_with_an_int8_cache(model, path, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_kernels_say_the_same(model, path, tmp_path, capsys):
+    """The argument and the configuration key choose the same program; Pallas here is interpreted, or left alone."""
+    expected = model.generate([PROMPT], 5)
+    assert model.with_kernels("pallas").generate([PROMPT], 5) == expected
+    before = decode._cache_size()
+    assert model.with_kernels("interpreted").generate([PROMPT], 5) == expected
+    assert decode._cache_size() == before + 1
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({"generate": {"model": str(path), "prompts": [PROMPT], "max_new_tokens": 5}})
+    )
+    run_generate([str(tmp_path / "config.yaml"), "generate.kernels=interpreted"])
+    assert capsys.readouterr().out.startswith(f"{PROMPT}{expected[0].text}\n[{len(expected[0].tokens)} tokens")
+    assert decode._cache_size() == before + 1
+    with pytest.raises(InputError, match="kernels='triton'; allowed: 'xla', 'pallas', 'interpreted'"):
+        model.with_kernels("triton")
+
+
+@pytest.mark.slow
 def test_scores(model):
     pairs = [(PROMPT, " " + WORDS[20]), (OTHER, " ".join(["", *WORDS[30:33]])), ("", WORDS[4])]
     scores = model.score(pairs)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qtale_jax.inference import streaming
 from qtale_jax.inference.decode import decode
 from qtale_jax.inference.generation import generate
 from qtale_jax.inference.pages import page_bytes
@@ -134,6 +135,27 @@ def test_one_program_per_shape_and_none_after_the_first_call(routed, prompts):
     run(routed, prompts[::-1], theta=0.3, temperature=0.7, top_p=0.9, seed=8, stop_id=4, options=large)
     run(routed, [[3] * 8, [1], [2, 5]], theta=1.0, options=large)
     assert [program._cache_size() for program in (prefill, decode)] == after
+
+
+def test_the_loop_never_asks_the_host(routed, prompts, monkeypatch):
+    """A chunk is one program without callbacks; what comes back is fetched once, after it."""
+    programs, fetched, get = [], [], jax.device_get
+
+    def watched(*arguments, **settings):
+        programs.append(decode.lower(*arguments, **settings).as_text())
+        with jax.transfer_guard("disallow"):
+            return decode(*arguments, **settings)
+
+    monkeypatch.setattr(streaming, "decode", watched)
+    monkeypatch.setattr(jax, "device_get", lambda tree: fetched.append(tree) or get(tree))
+    large = Options(chunk=4, width=5, page=2)
+    found = chunks(routed, prompts, options=large)
+    assert [part.tokens.shape[1] for part in found] == [4, 4, 2] and len(programs) == len(found)
+    # Two parts of the prompts, what the cache holds after them, and the chunks.
+    assert len(fetched) == 2 + 1 + len(found)
+    for program in programs:
+        assert "stablehlo.while" in program
+        assert not any(word in program for word in ("callback", "infeed", "outfeed", "send", "recv"))
 
 
 @pytest.mark.exhaustive  # tests/inference/test_advance.py has it for one call
