@@ -14,6 +14,7 @@ from qtale_jax.config.distributed import DistributedConfig
 from qtale_jax.config.experiment import ExperimentConfig, PointsConfig
 from qtale_jax.config.measuring import CalibrateConfig, EvaluateConfig, GenerateConfig, HarnessConfig
 from qtale_jax.config.planning import PlanConfig
+from qtale_jax.config.profiling import ProfileConfig
 from qtale_jax.config.quantization import (
     CALIBRATED,
     AWQConfig,
@@ -59,6 +60,7 @@ __all__ = [
     "OptimizerConfig",
     "PlanConfig",
     "PointsConfig",
+    "ProfileConfig",
     "QuantizationAwareConfig",
     "QuantizationRuleConfig",
     "QuantizeConfig",
@@ -83,6 +85,7 @@ class Config(Section):
     train: TrainConfig = Field(default=TrainConfig(), description="training")
     mesh: MeshConfig = Field(default=MeshConfig(), description="devices")
     distributed: DistributedConfig = Field(default=DistributedConfig(), description="processes")
+    profile: ProfileConfig = Field(default=ProfileConfig(), description="trace of training steps")
     quantize: QuantizeConfig = Field(default=QuantizeConfig(), description="quantization")
     calibrate: CalibrateConfig = Field(default=CalibrateConfig(), description="threshold")
     budget: BudgetConfig = Field(default=BudgetConfig(), description="speed that theta is calibrated for")

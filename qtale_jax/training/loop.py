@@ -28,6 +28,7 @@ from qtale_jax.training.identity import claim
 from qtale_jax.training.lock import held
 from qtale_jax.training.logs import flat_numbers, memory_bytes, open_log
 from qtale_jax.training.optimizer import build_optimizer, nest
+from qtale_jax.training.profiling import StepTrace, compile_step
 from qtale_jax.training.start import Start, place_state, prepare, state_shardings
 from qtale_jax.training.step import Batch, TrainState, TrainStep
 from qtale_jax.training.stopping import Interrupted, stop_signal
@@ -132,6 +133,7 @@ def train(config: Config, *, quiet: bool = False) -> Path:
         start = prepare(config, mesh, jax.random.fold_in(key, 1))
         pipeline = pipeline_for(config, start, "train", mesh)
         steps = total_steps(config, pipeline.size)
+        trace = StepTrace(config.profile.steps, output / "profile", steps)
         claim(output, config)
         with held(output):
             if from_first("whether it is finished", (output / "trained").exists()):
@@ -145,14 +147,14 @@ def train(config: Config, *, quiet: bool = False) -> Path:
                     state, position = saved
                     pipeline.set_state(position)
                 with together(Interrupted, NonFiniteLoss):
-                    state = run(config, start, mesh, steps, state, pipeline, optimizer, checkpoints, key, quiet)
+                    state = run(config, start, mesh, steps, state, pipeline, optimizer, checkpoints, key, quiet, trace)
             finally:  # however the run ends, a checkpoint that is being written is finished
                 checkpoints.close()
             write_model(config, start, state, steps)
     return output / "trained"
 
 
-def run(config, start, mesh, steps, state, pipeline, optimizer, checkpoints, key, quiet) -> TrainState:
+def run(config, start, mesh, steps, state, pipeline, optimizer, checkpoints, key, quiet, trace) -> TrainState:
     """The loop proper: one compiled step, no host synchronisation except where something is logged or saved."""
     settings, spec = config.train, start.spec
     teacher = None
@@ -169,12 +171,16 @@ def run(config, start, mesh, steps, state, pipeline, optimizer, checkpoints, key
     done, tokens = int(state.step), 0.0
     clock, since = time.perf_counter(), done
     route_key = jax.random.fold_in(key, 2)
-    log = open_log(Path(config.output), steps, done, quiet, functools.partial(_wandb, config))
-    with stop_signal() as stopping, log:
+    log, program = open_log(Path(config.output), steps, done, quiet, functools.partial(_wandb, config)), None
+    with stop_signal() as stopping, log, trace:
         while done < steps:
             batch = next(pipeline)
-            state, metrics = step_function(state, start.frozen, teacher, sharded_batch(mesh, batch), route_key)
+            arguments = (state, start.frozen, teacher, sharded_batch(mesh, batch), route_key)
+            program = program or compile_step(step_function, arguments, quiet=quiet)
+            trace.before(done + 1)
+            state, metrics = program(*arguments)
             done += 1
+            trace.after(done, metrics)
             here = len(batch["tokens"]) / settings.batch_size  # the share of the batch that this process has
             tokens += np.count_nonzero(batch["segment_ids"]) / here
             last, stop, validation = done == steps, stopping(done), None
