@@ -65,7 +65,7 @@ def test_links_and_keys_lead_somewhere(page):
             generated = target.endswith("reference/configuration.md")
             assert generated or (page.parent / target).exists(), target
     sections = ("model", "routing", "lora", "data", "train", "mesh", "quantize")
-    sections += ("calibrate", "budget", "evaluate", "harness", "generate", "serve", "distributed", "plan")
+    sections += ("calibrate", "budget", "evaluate", "harness", "generate", "serve", "distributed", "plan", "profile")
     for key in re.findall(rf"`((?:{'|'.join(sections)})(?:\.[a-z_]+)+)[:=`]", text):
         assert key.endswith(".json") or find(key.split(".")) is not None, key
 

@@ -6,6 +6,7 @@ same in bfloat16; neither the kernels nor the plain form for few rows do.
 
 import functools
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -83,3 +84,12 @@ def test_attention_compiles(array, heads, dtype):
     program = compiled(attend, query, pool, pool, table, counts, key_scale=scales, value_scale=scales)
     # The pool stays where it is; the scales of int8 pages, 3 % of it, change their layout.
     assert program.memory_analysis().temp_size_in_bytes < 0.05 * pool.size * pool.dtype.itemsize
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(8, -1), (8, 128), (4, 128)])
+def test_integer_dots_are_integer_dots(array, bits, group_size):
+    """W8A8 and W4A8: the matrix unit gives int32, and nothing is widened in memory."""
+    shape, format = (4096, 4096), TensorFormat(bits=bits, group_size=group_size, activation_bits=8)
+    program = multiply(array, shape, format, "xla", rows=512)
+    assert re.search(r"= s32\[.*(convolution|dot)\(", program.as_text() or "")
+    assert program.memory_analysis().temp_size_in_bytes < 0.1 * storage_bytes(shape, format)
