@@ -22,6 +22,7 @@ from qtale_jax.models.decoder import abstract_parameters
 from qtale_jax.models.specification import LINEARS, ModelSpecification, QuantizationSpecification
 from qtale_jax.planning.devices import Topology
 from qtale_jax.planning.roofline import Estimate, roofline
+from qtale_jax.quantization import groupwise
 from qtale_jax.quantization.formats import formats_of
 from qtale_jax.quantization.pipeline import quantizer_of
 from qtale_jax.quantization.storage import array_bytes
@@ -170,12 +171,12 @@ class InferencePlanner:
         return sum(self.shares) * layer_flops(self.spec, 0.0)
 
     def _workspace(self, rows: int, width: int) -> int:
-        """What a layer needs besides: a restored matrix, scores, the MLP's width, what all layers want to keep."""
+        """What a layer needs besides: a restored matrix for many rows, scores, the MLP's width, what layers want to keep."""
         shape, size = self.spec.architecture, jnp.dtype(self.options.compute_dtype).itemsize
         tokens = rows * width
         keys = 2 * shape.num_kv_heads * shape.head_dim
         restored = 0
-        if self.spec.quantization is not None:
+        if self.spec.quantization is not None and tokens > groupwise.FEW_ROWS:
             restored = max(math.prod(shape.linear_shape(name)) for name in LINEARS) * size
         scores = 2 * 4 * tokens * shape.num_heads * width
         hidden = tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size) * max(size, 4)
