@@ -17,6 +17,10 @@ from qtale_jax.paths import HELD_OUT, quantizer_name
 Stage = Literal["train", "quantize", "calibrate", "evaluate"]
 
 
+UNREAD = ("experiment", "distributed", "profile", "plan", "generate", "serve")
+"""Sections that no stage of an experiment reads, or that change nothing about what it finds."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One stage with its configuration; `output` appears when it is done, `parent` tells what it starts from."""
@@ -28,8 +32,7 @@ class Step:
 
     def fingerprint(self) -> str:
         """Identifies what was asked for: equal fingerprints need not run again."""
-        aside = ("experiment", "distributed")
-        asked = {name: value for name, value in resolve(self.config).items() if name not in aside}
+        asked = {name: value for name, value in resolve(self.config).items() if name not in UNREAD}
         text = json.dumps([self.stage, asked, self.parent], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

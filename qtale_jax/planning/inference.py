@@ -171,7 +171,7 @@ class InferencePlanner:
         return sum(self.shares) * layer_flops(self.spec, 0.0)
 
     def _workspace(self, rows: int, width: int) -> int:
-        """What a layer needs besides: a restored matrix for many rows, scores, the MLP's width, what layers want to keep."""
+        """What a layer needs besides: a matrix restored for many rows, scores, the MLP's width, what is to be kept."""
         shape, size = self.spec.architecture, jnp.dtype(self.options.compute_dtype).itemsize
         tokens = rows * width
         keys = 2 * shape.num_kv_heads * shape.head_dim

@@ -24,7 +24,7 @@ from qtale_jax.parallel.mesh import build_mesh, replicated, rows_held
 from qtale_jax.parallel.processes import check_joined, from_first, is_first, together
 from qtale_jax.training import objective
 from qtale_jax.training.checkpoint import Checkpoints
-from qtale_jax.training.identity import claim
+from qtale_jax.training.identity import check_claim, claim
 from qtale_jax.training.lock import held
 from qtale_jax.training.logs import flat_numbers, memory_bytes, open_log
 from qtale_jax.training.optimizer import build_optimizer, nest
@@ -125,6 +125,8 @@ def train(config: Config, *, quiet: bool = False) -> Path:
     """
     output = Path(config.output)
     check_joined()
+    if from_first("whether it is finished", (output / "trained").exists() and not check_claim(output, config)):
+        return output / "trained"
     mesh = build_mesh(config.mesh)
     check(config, mesh)
     key = jax.random.key(config.seed)
@@ -136,7 +138,7 @@ def train(config: Config, *, quiet: bool = False) -> Path:
         trace = StepTrace(config.profile.steps, output / "profile", steps)
         claim(output, config)
         with held(output):
-            if from_first("whether it is finished", (output / "trained").exists()):
+            if from_first("whether it was finished meanwhile", (output / "trained").exists()):
                 return output / "trained"
             optimizer = build_optimizer(config.train.optimizer, steps)
             state = place_state(start, optimizer, mesh)

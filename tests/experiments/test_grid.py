@@ -109,6 +109,7 @@ def test_a_step_is_done_for_the_same_inputs_only(config):
     assert not is_done(one)
     stamp(one).write_text(one.fingerprint())
     assert is_done(step()) and is_done(step(experiment={"title": "Another"}))
+    assert is_done(step(generate={"max_new_tokens": 3}, profile={"steps": [1, 2]}))  # what no stage of it reads
     assert not is_done(step(evaluate={"batch_size": 32}))
     assert not is_done(step(experiment={"base": {"train": {"steps": 7}}}))  # a step far upstream
 

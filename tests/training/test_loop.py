@@ -10,6 +10,7 @@ import pytest
 
 from qtale_jax.artifact import load_model
 from qtale_jax.errors import InputError
+from qtale_jax.training import loop
 from qtale_jax.training.checkpoint import Checkpoints
 from qtale_jax.training.identity import claim
 from qtale_jax.training.lock import held
@@ -67,6 +68,19 @@ def test_step_is_compiled_once(finished):
 
 
 @pytest.mark.slow
+def test_a_finished_run_is_seen_before_anything_is_read(finished, monkeypatch):
+    path, _, config = finished
+
+    def read(*_):
+        raise AssertionError("models and data are read")
+
+    monkeypatch.setattr(loop, "prepare", read)
+    monkeypatch.setattr(loop, "pipeline_for", read)
+    assert train(config, quiet=True) == path
+    with pytest.raises(InputError, match="holds another run: seed was"):
+        train(config.model_copy(update={"seed": config.seed + 1}), quiet=True)
+
+
 def test_log_has_the_documented_keys(finished):
     path, _, _ = finished
     rows = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
