@@ -11,6 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import false_discovery_control
 from scipy.stats import t as student
 
 from qtale_jax.reporting.aggregate import Format, Summary, estimate, runs_all_layers
@@ -78,6 +79,16 @@ def t_interval(values: Sequence[float]) -> tuple[float, float, float | None]:
     reach = float(student.ppf((1 + CONFIDENCE) / 2, freedom)) * found.error
     p = 2 * float(student.sf(abs(found.mean) / found.error, freedom))
     return found.mean - reach, found.mean + reach, p
+
+
+def adjusted(differences: Sequence[Difference]) -> list[float | None]:
+    """The p-values of a family of tests, adjusted for their number: their false discovery rate (Benjamini & Hochberg).
+
+    Differences without a p are no tests, and stay without one.
+    """
+    tests = [each.p for each in differences if each.p is not None]
+    found = iter(false_discovery_control(tests).tolist() if tests else ())
+    return [None if each.p is None else next(found) for each in differences]
 
 
 def _pairs(mine: Summary, other: Summary, metric: Metric, base: str | None) -> dict[int, tuple[ResultRow, ResultRow]]:
@@ -163,7 +174,7 @@ def all_differences(summaries: Sequence[Summary]) -> list[Difference]:
     return [each for each in found if each is not None]
 
 
-def _record(found: Difference) -> dict[str, Any]:
+def _record(found: Difference, adjusted_p: float | None) -> dict[str, Any]:
     return {
         "metric": found.metric,
         "model": found.model,
@@ -182,10 +193,19 @@ def _record(found: Difference) -> dict[str, Any]:
         "low": found.low,
         "high": found.high,
         "p_value": found.p,
+        "p_adjusted": adjusted_p,
     }
 
 
-def write_differences(path: Path, differences: Iterable[Difference]) -> None:
-    """Writes `paired.json`: a list of differences, one per line; `low` and `high` are the 95 % interval."""
-    lines = ",\n".join("  " + json.dumps(_record(found), ensure_ascii=False, allow_nan=False) for found in differences)
+def write_differences(path: Path, differences: Sequence[Difference]) -> None:
+    """Writes `paired.json`: a list of differences, one per line; `low` and `high` are the 95 % interval.
+
+    `p_adjusted` is `p_value` adjusted for the number of tests of the same metric against the same reference.
+    """
+    families: dict[tuple[str, str], list[Difference]] = {}
+    for each in differences:
+        families.setdefault((each.metric, each.reference), []).append(each)
+    ps = {id(each): p for family in families.values() for each, p in zip(family, adjusted(family), strict=True)}
+    records = [_record(each, ps[id(each)]) for each in differences]
+    lines = ",\n".join("  " + json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records)
     write_text(path, f"[\n{lines}\n]\n")

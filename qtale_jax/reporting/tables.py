@@ -23,7 +23,16 @@ from qtale_jax.reporting.labels import (
     place_label,
     point_label,
 )
-from qtale_jax.reporting.paired import EQUAL_RATIO, Difference, against, base_model, references, several_seeds
+from qtale_jax.reporting.paired import (
+    CONFIDENCE,
+    EQUAL_RATIO,
+    Difference,
+    adjusted,
+    against,
+    base_model,
+    references,
+    several_seeds,
+)
 from qtale_jax.reporting.verdict import verdict_table
 
 
@@ -275,6 +284,10 @@ def _gain_note(found: Sequence[Difference], whole: bool, base: str | None) -> st
     counts = sorted({len(each.seeds) for each in found})
     seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     parts = [f"Positive is better. Brackets: 95 % confidence interval (Student's t) over {seeds} seeds, paired."]
+    tests = [p for p in adjusted(found) if p is not None]
+    if tests:
+        sure = sum(p < 1 - CONFIDENCE for p in tests)
+        parts.append(f"{sure} of {len(tests)} have p < .05 after adjustment for their number (false discovery rate).")
     if base:
         parts.append(f"{model_label(base)} is one model, the same for every seed.")
     if not whole:

@@ -1,5 +1,6 @@
 """Paired differences: which rows stand against each other, the sign, and the interval worked out by hand."""
 
+import dataclasses
 import json
 import math
 
@@ -8,6 +9,7 @@ import pytest
 from qtale_jax.reporting.aggregate import summarize
 from qtale_jax.reporting.labels import ACCURACY, NATS
 from qtale_jax.reporting.paired import (
+    adjusted,
     against,
     all_differences,
     base_model,
@@ -142,9 +144,22 @@ def test_all_pairs_are_written_once_and_read_as_json(tmp_path, study):
     write_differences(tmp_path / "paired.json", found)
     written = json.loads((tmp_path / "paired.json").read_text())
     keys = "metric model reference quantizer bits group_size point executed_ratio reference_ratio equal_ratio seeds"
-    assert tuple(written[0]) == (*keys.split(), *["differences", "mean", "standard_error", "low", "high", "p_value"])
+    assert tuple(written[0]) == (
+        *keys.split(),
+        *["differences", "mean", "standard_error", "low", "high", "p_value", "p_adjusted"],
+    )
     first = written[0]
     assert (first["model"], first["reference"], first["bits"], first["equal_ratio"]) == ("dllm", "dense", 4, False)
     assert (
         first["low"] < first["mean"] < first["high"] and 0 <= first["p_value"] <= 1 and len(first["differences"]) == 3
     )
+    assert all(row["p_adjusted"] is None or row["p_value"] <= row["p_adjusted"] <= 1 for row in written)
+
+
+def test_p_values_are_adjusted_within_their_family():
+    """Benjamini & Hochberg by hand: the k-th smallest of n times n / k, no smaller one above a larger one."""
+    summaries = summarize(_seeds("dllm", (0.80, 0.70, 0.60), routing="dllm") + _seeds("qtale", (0.81, 0.72, 0.63)))
+    (one,) = against(summaries, ACCURACY, "dllm")
+    found = adjusted([dataclasses.replace(one, p=p) for p in (0.04, None, 0.01, 0.03, 0.5)])
+    assert found == [pytest.approx(0.04 * 4 / 3), None, pytest.approx(0.04), pytest.approx(0.04 * 4 / 3), 0.5]
+    assert adjusted([dataclasses.replace(one, p=None)]) == [None]
