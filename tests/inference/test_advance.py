@@ -227,7 +227,7 @@ def test_random_models(model, batch, data):
 
 @pytest.mark.exhaustive
 @given(model=random_models(), batch=batches, data=st.data())
-@settings(max_examples=25)
+@settings(max_examples=8)
 def test_more_random_models(model, batch, data):
     check_random_model(model, batch, data)
 
