@@ -145,20 +145,23 @@ def attend_pages(
 def _kept_by_kernel(
     query: Float[Array, "b 1 n d"], kept: Kept, groups: int, scale: float, softcap: float | None, interpret: bool
 ) -> _Running:
-    pool, scales = (kept.pool.key, kept.pool.value), (None, None)
-    if isinstance(pool[0], RoundedVectors):
-        pool, scales = tuple(part.values for part in pool), tuple(part.scales for part in pool)
-    found = attend_kept(
+    (key, key_scale), (value, value_scale) = _parts(kept.pool.key), _parts(kept.pool.value)
+    top, mass, total = attend_kept(
         query[:, 0],
-        *pool,
+        key,
+        value,
         kept.table,
         kept.counts,
         scale=scale,
         softcap=softcap,
-        key_scale=scales[0],
-        value_scale=scales[1],
+        key_scale=key_scale,
+        value_scale=value_scale,
         interpret=interpret,
     )
     by_group = (query.shape[0], groups, query.shape[2] // groups, 1)
-    top, mass, total = found
     return _Running(top.reshape(by_group), mass.reshape(by_group), total.reshape(*by_group, -1))
+
+
+def _parts(vectors: Stored) -> tuple[Array, Array | None]:
+    """Numbers and, of rounded vectors, their scales."""
+    return (vectors.values, vectors.scales) if isinstance(vectors, RoundedVectors) else (vectors, None)

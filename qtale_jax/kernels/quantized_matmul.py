@@ -102,7 +102,7 @@ def product(
 
 
 def _kernel(x_ref, values_ref, scales_ref, *refs, format: TensorFormat, groups: int):
-    zero_ref, out_ref = (None, *refs)[-2:]
+    zero_ref, out_ref = refs if len(refs) == 2 else (None, refs[0])
 
     @pl.when(pl.program_id(1) == 0)
     def _():

@@ -65,7 +65,8 @@ class Quantized(nnx.Module):
             self.zero_points = parameter(arrays["zero_points"], (None, axes[1]))
         if "order" in arrays:
             self.order = parameter(arrays["order"], (None,))
-        self.shape, self.format, self.kernels = shape, format, kernels
+        self.shape, self.format = shape, format
+        self.kernels: Kernels = kernels
 
     def weight(self) -> QuantizedWeight:
         """The weight as `quantization.linear` takes it."""
