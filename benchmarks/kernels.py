@@ -82,11 +82,9 @@ def measured_times(rows: int, rounds: int) -> list[Row]:
         candidates[f"{name}, {rows} rows, bfloat16"] = functools.partial(each(linear), x, many)
         for title, format in FORMATS.items():
             stored = jax.jit(store, static_argnums=1)(matrix, format)
-            copies = [jax.tree.map(jnp.copy, stored) for _ in range(REPEATS)]
-            for form in forms(stored, shape, format):
-                function, _ = forms(stored, shape, format)[form]
-                weights = [forms(copy, shape, format)[form][1] for copy in copies]
-                run = functools.partial(each(function), x, weights)
+            copies = [forms(jax.tree.map(jnp.copy, stored), shape, format) for _ in range(REPEATS)]
+            for form, (function, _) in copies[0].items():
+                run = functools.partial(each(function), x, [copy[form][1] for copy in copies])
                 candidates[f"{name}, {rows} rows, {title}, {form}"] = run
     found = []
     times = in_turns(candidates, rounds)

@@ -56,7 +56,7 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-# Tracing makes many objects that live as long as the program; looking through them again every 700 costs a few percent.
+# Tracing makes many objects that live as long as the program: looking through them after every 700 is wasted.
 gc.set_threshold(50_000, 20, 20)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

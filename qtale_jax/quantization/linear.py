@@ -69,25 +69,28 @@ def linear(x: Float[Array, "... i"], weight: Weight, dtype: jnp.dtype | None = N
     x, weight = _in_stored_order(x, weight)
     if weight.format.activation_bits == 8:
         return integer_dot(x, weight).astype(dtype)
-    rows = x.size // x.shape[-1]
-    if not 0 < rows <= groupwise.FEW_ROWS:
-        return _restored(x, weight).astype(dtype)
-    by_blocks = rows <= blockwise.FEW_ROWS and blockwise.steps(*weight.shape, weight.format) is not None
+    out = _multiply_stored(x.reshape(-1, x.shape[-1]), weight)
+    return out.reshape(*x.shape[:-1], weight.shape[1]).astype(dtype)
+
+
+def _multiply_stored(rows: Float[Array, "m i"], weight: QuantizedWeight) -> Float[Array, "m o"]:
+    if not 0 < len(rows) <= groupwise.FEW_ROWS:
+        return _restored(rows, weight)
+    by_blocks = len(rows) <= blockwise.FEW_ROWS and blockwise.steps(*weight.shape, weight.format) is not None
     forms = {"cpu": _by_blocks if by_blocks else _restored}
     if weight.kernels != "xla" and quantized_matmul.block_inputs(weight.shape[0], weight.format) is not None:
         if weight.kernels == "interpreted":
-            return _by_kernel(x, weight, interpret=True).astype(dtype)
+            return _by_kernel(rows, weight, interpret=True)
         forms["tpu"] = _by_kernel
-    return jax.lax.platform_dependent(x, weight, default=_by_groups, **forms).astype(dtype)
+    return jax.lax.platform_dependent(rows, weight, default=_by_groups, **forms)
 
 
-def _restored(x: Float[Array, "... i"], weight: QuantizedWeight) -> Float[Array, "... o"]:
-    return _multiply(x, weight.dequantize(x.dtype))
+def _restored(rows: Float[Array, "m i"], weight: QuantizedWeight) -> Float[Array, "m o"]:
+    return _multiply(rows, weight.dequantize(rows.dtype))
 
 
-def _by_groups(x: Float[Array, "... i"], weight: QuantizedWeight) -> Float[Array, "... o"]:
-    out = groupwise.product(x.reshape(-1, x.shape[-1]), weight.stored, weight.shape, weight.format)
-    return out.reshape(*x.shape[:-1], -1)
+def _by_groups(rows: Float[Array, "m i"], weight: QuantizedWeight) -> Float[Array, "m o"]:
+    return groupwise.product(rows, weight.stored, weight.shape, weight.format)
 
 
 def _multiply(x: Float[Array, "... i"], matrix: Float[Array, "i o"]) -> Float[Array, "... o"]:
@@ -97,16 +100,14 @@ def _multiply(x: Float[Array, "... i"], matrix: Float[Array, "i o"]) -> Float[Ar
     return jnp.matmul(rows, matrix, preferred_element_type=jnp.float32).reshape(*x.shape[:-1], matrix.shape[-1])
 
 
-def _by_kernel(x: Float[Array, "... i"], weight: QuantizedWeight, interpret: bool = False) -> Float[Array, "... o"]:
-    rows, stored = x.reshape(-1, x.shape[-1]), (weight.values, weight.scales, weight.zero_points)
-    out = quantized_matmul.product(rows, *stored, weight.format, interpret=interpret)
-    return out.reshape(*x.shape[:-1], -1)
+def _by_kernel(rows: Float[Array, "m i"], weight: QuantizedWeight, interpret: bool = False) -> Float[Array, "m o"]:
+    stored = (weight.values, weight.scales, weight.zero_points)
+    return quantized_matmul.product(rows, *stored, weight.format, interpret=interpret)
 
 
-def _by_blocks(x: Float[Array, "... i"], weight: QuantizedWeight) -> Float[Array, "... o"]:
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    out = blockwise.product(rows, weight.values, weight.scales, weight.zero_points, weight.format)
-    return out.reshape(*x.shape[:-1], -1)
+def _by_blocks(rows: Float[Array, "m i"], weight: QuantizedWeight) -> Float[Array, "m o"]:
+    stored = (weight.values, weight.scales, weight.zero_points)
+    return blockwise.product(rows.astype(jnp.float32), *stored, weight.format)
 
 
 def _in_stored_order(x: Float[Array, "... i"], weight: QuantizedWeight) -> tuple[Array, QuantizedWeight]:
