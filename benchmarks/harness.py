@@ -6,7 +6,6 @@ of the machine hits all alike, and medians over the rounds are reported, with th
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 
@@ -42,13 +42,18 @@ def seconds(run: Callable[[], Any]) -> float:
 
 def in_turns(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Median seconds of each candidate over `rounds` rounds, after one call each to warm up."""
+    return {name: float(np.median(seconds)) for name, seconds in each_round(candidates, rounds).items()}
+
+
+def each_round(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
+    """Seconds of each candidate in each of `rounds` rounds, after one call each to warm up."""
     for run in candidates.values():
         jax.block_until_ready(run())
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in track(range(rounds), description="rounds", console=Console(stderr=True), transient=True):
         for name, run in candidates.items():
             times[name].append(seconds(run))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: np.asarray(values) for name, values in times.items()}
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -1,9 +1,10 @@
-"""The random Llama of about 134 million parameters that benchmarks of skipping run, and what they run on it.
+"""The random Llamas that benchmarks of skipping run, and what they run on them.
 
-Its routes are fixed: a hash of token, position and layer, at an executed ratio that theta sets, so that the router
+Their routes are fixed: a hash of token, position and layer, at an executed ratio that theta sets, so that the router
 costs nothing and skipping alone is measured. Every layer and token is routed.
 """
 
+import argparse
 import dataclasses
 from collections.abc import Callable
 
@@ -11,34 +12,69 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qtale_jax.inference.pages import PAGE, page_bytes
 from qtale_jax.inference.streaming import Options, Progress, joined, stream
 from qtale_jax.models.decoder import Parameters, initialize
 from qtale_jax.models.policy import Thresholded
 from qtale_jax.models.specification import Architecture, ModelSpecification, RoutingSpecification
 
-ARCHITECTURE = Architecture(
-    vocab_size=32000,
-    hidden_size=768,
-    intermediate_size=2048,
-    num_layers=12,
-    num_heads=12,
-    num_kv_heads=12,
-    head_dim=64,
-    max_length=2048,
-)
+ARCHITECTURES = {
+    "134m": Architecture(
+        vocab_size=32000,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_layers=12,
+        num_heads=12,
+        num_kv_heads=12,
+        head_dim=64,
+        max_length=2048,
+    ),
+    "7b": Architecture(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        max_length=4096,
+    ),
+}
+"""About 134 million parameters, for CPUs, in float32; those of LLaMA-2-7B, for accelerators, in bfloat16."""
+
+ARCHITECTURE = ARCHITECTURES["134m"]
 HASHED = RoutingSpecification(method="random", router="hashed", always_on_layers=0, always_on_tokens=0)
 
 
-def model(layers: int, routing: RoutingSpecification | None = HASHED) -> tuple[ModelSpecification, Parameters]:
-    """The model, of fewer layers if asked for; a learned router is random."""
-    architecture = ARCHITECTURE.model_copy(update={"num_layers": layers})
+def choice(arguments: argparse.ArgumentParser) -> None:
+    """Adds the arguments that say which model."""
+    arguments.add_argument("--model", choices=ARCHITECTURES, default="134m", help="its layers (default 134m)")
+    arguments.add_argument("--layers", type=int, help="how many of them (default: all)")
+
+
+def model(
+    layers: int | None, routing: RoutingSpecification | None = HASHED, name: str = "134m"
+) -> tuple[ModelSpecification, Parameters]:
+    """A model, of fewer layers if asked for; a learned router is random. On accelerators its matrices are bfloat16."""
+    architecture = ARCHITECTURES[name].model_copy(update={} if layers is None else {"num_layers": layers})
     spec = ModelSpecification(architecture=architecture, routing=routing)
-    return spec, initialize(spec, jax.random.key(0))
+    params = initialize(spec, jax.random.key(0))
+    if jax.default_backend() == "cpu":
+        return spec, params
+
+    def halved(path: tuple, leaf: jax.Array) -> jax.Array:
+        return leaf if leaf.ndim < 2 or "router" in jax.tree_util.keystr(path) else leaf.astype(jnp.bfloat16)
+
+    return spec.model_copy(update={"dtype": "bfloat16"}), jax.tree_util.tree_map_with_path(halved, params)
 
 
-def at_ratio(spec: ModelSpecification, ratio: float) -> Thresholded:
-    """Executes this share of tokens in every layer of a hashed router; 1: everything."""
-    return Thresholded(jnp.full((len(spec.routed_layers),), 1.0 - ratio, jnp.float32))
+def at_ratio(spec: ModelSpecification, ratio: float, unlike: float = 0.0) -> Thresholded:
+    """Executes this share of tokens in every layer of a hashed router, 1: everything.
+
+    With `unlike` every second layer by so much more, the others by so much less: trained routers prefer layers.
+    """
+    sign = jnp.where(jnp.arange(len(spec.routed_layers)) % 2 == 0, 1.0, -1.0)
+    return Thresholded(jnp.clip(1.0 - (ratio + unlike * sign), 0.0, 1.0).astype(jnp.float32))
 
 
 def prompts(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,11 +84,21 @@ def prompts(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def generation(
-    spec: ModelSpecification, params: Parameters, ratio: float, rows: int, length: int, new: int
+    spec: ModelSpecification,
+    params: Parameters,
+    ratio: float,
+    rows: int,
+    length: int,
+    new: int,
+    unlike: float = 0.0,
+    least_step: int | None = None,
 ) -> Callable[[], Progress]:
-    """A run that adds `new` tokens to each prompt, greedily, in one chunk."""
-    options = dataclasses.replace(Options(), chunk=new)
-    policy = at_ratio(spec, ratio)
+    """A run that adds `new` tokens to each prompt, greedily, in one chunk; `at_ratio` says what executes."""
+    # One size of the pool: every other size is a program of its own, and `kv_memory` is about these.
+    pages = spec.architecture.num_layers * rows * -(-(length + new) // PAGE)
+    whole = pages * page_bytes(spec.architecture, jnp.dtype(spec.dtype))
+    options = dataclasses.replace(inference_options(spec), chunk=new, least_step=least_step or whole)
+    policy = at_ratio(spec, ratio, unlike)
 
     def run() -> Progress:
         return joined(
@@ -70,6 +116,18 @@ def generation(
         )
 
     return run
+
+
+def settled(spec: ModelSpecification, params: Parameters, ratio: float, rows: int, length: int, new: int) -> float:
+    """What to ask of `at_ratio` so that, of these few tokens, the share that executes is as near as can be."""
+    asked = np.clip(ratio + np.linspace(-0.08, 0.08, 17), 0.0, 1.0)
+    found = [abs(executed(generation(spec, params, each, rows, length, new)()) - ratio) for each in asked]
+    return float(asked[np.argmin(found)])
+
+
+def inference_options(spec: ModelSpecification) -> Options:
+    """Activations of the type of the weights."""
+    return dataclasses.replace(Options(), compute_dtype=jnp.dtype(spec.dtype))
 
 
 def executed(out: Progress) -> float:

@@ -6,23 +6,23 @@ One chunk, from an empty cache.
 """
 
 from harness import Row, in_turns, parser, report
-from random_llama import at_ratio, model, prompts
+from random_llama import at_ratio, choice, inference_options, model, prompts
 
-from qtale_jax.inference.streaming import Options, run_prompts
+from qtale_jax.inference.streaming import run_prompts
 
 
 def main() -> None:
     """Measures, prints and writes."""
     arguments = parser(__doc__.splitlines()[0])
-    arguments.add_argument("--layers", type=int, default=12, help="layers of the model (default 12)")
+    choice(arguments)
     arguments.add_argument("--length", type=int, default=512, help="tokens of the prompt (default 512)")
     found = arguments.parse_args()
-    spec, params = model(found.layers)
+    spec, params = model(found.layers, name=found.model)
     tokens, lengths = prompts(1, found.length)
 
     def run(ratio: float):
         policy = at_ratio(spec, ratio)
-        return run_prompts(spec.structure, params, tokens, lengths, policy, found.length, Options())
+        return run_prompts(spec.structure, params, tokens, lengths, policy, found.length, inference_options(spec))
 
     ratios = (1.0, 0.75, 0.5, 0.25)
     shares = {ratio: float(run(ratio).execute.mean()) for ratio in ratios}

@@ -5,6 +5,7 @@ What has to be set before JAX starts is set in the environment here, at import; 
 
 import gc
 import importlib
+import importlib.metadata
 import os
 import shutil
 import socket
@@ -21,8 +22,11 @@ DEVICES_FLAG = "--xla_force_host_platform_device_count"
 # Most of the tests' time goes to compiling programs that run once; without the optimizer that takes a quarter of it.
 # The programs mean the same. Tests that are about the last bit ask for the fixture `optimized`, or for processes that
 # compile as users' do (`process_environment`). XLA_FLAGS=--xla_backend_optimization_level=3 turns it on for all.
-_OPTIMIZER_FLAGS = {"--xla_backend_optimization_level": "0", "--xla_cpu_use_fusion_emitters": "false"}
-OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+_OPTIMIZER_FLAGS = {"--xla_backend_optimization_level": "0"}
+OPTIMIZED: dict[str, int | bool] = {"xla_backend_optimization_level": 3}
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # it knows no such flag since
+    _OPTIMIZER_FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
+    OPTIMIZED["xla_cpu_use_fusion_emitters"] = True
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 

@@ -178,7 +178,7 @@ def test_kernels_say_the_same(model, path, tmp_path, capsys):
     run_generate([str(tmp_path / "config.yaml"), "generate.kernels=interpreted"])
     assert capsys.readouterr().out.startswith(f"{PROMPT}{expected[0].text}\n[{len(expected[0].tokens)} tokens")
     assert decode._cache_size() == before + 1
-    with pytest.raises(InputError, match="kernels='triton'; allowed: 'xla', 'pallas', 'interpreted'"):
+    with pytest.raises(InputError, match="kernels='triton'; allowed: 'auto', 'xla', 'pallas', 'interpreted'"):
         model.with_kernels("triton")
 
 

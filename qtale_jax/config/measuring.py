@@ -86,5 +86,7 @@ class GenerateConfig(Section):
         default="skip", description="skip: only what executes is computed and kept; masked: the reference, for checks"
     )
     kernels: Kernels = Field(
-        default="xla", description="products with stored weights and attention: xla; pallas, where they fit, on TPUs"
+        default="auto",
+        description="products with stored weights and attention: xla; pallas, where it fits, on TPUs and GPUs; "
+        "auto: pallas on a single GPU, xla elsewhere",
     )

@@ -30,7 +30,9 @@ class ServeConfig(Section):
         default="float", description="cached keys and values: float, as activations; int8, rounded per token and head"
     )
     kernels: Kernels = Field(
-        default="xla", description="products with stored weights and attention: xla; pallas, where they fit, on TPUs"
+        default="auto",
+        description="products with stored weights and attention: xla; pallas, where it fits, on TPUs and GPUs; "
+        "auto: pallas on a single GPU, xla elsewhere",
     )
     chunk: Positive = Field(default=8, description="tokens that rows add between the times that others join and leave")
     width: Positive = Field(default=128, description="tokens of prompts that run in between")

@@ -5,6 +5,8 @@ The pages are read block by block in a loop that ends with the last one in use, 
 the pool's size nor the longest sequence is part of the program.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -12,7 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from qtale_jax.inference.pages import Pool, Stored
-from qtale_jax.kernels.page_attention import attend_kept
+from qtale_jax.kernels.choice import runs_gpu_kernels
+from qtale_jax.kernels.gpu import page_attention as gpu_attention
+from qtale_jax.kernels.tpu import page_attention as tpu_attention
 from qtale_jax.models.attention import HIDDEN, attention_scores
 from qtale_jax.models.cache import RoundedVectors
 from qtale_jax.models.specification import Kernels
@@ -74,7 +78,7 @@ def attend_pages(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    kernels: Kernels = "xla",
+    kernels: Kernels = "auto",
 ) -> Float[Array, "b c n d"]:
     """Softmax attention of queries to the fresh keys that are not later, and to all kept ones, which are earlier.
 
@@ -127,26 +131,33 @@ def attend_pages(
         turns = (jnp.max(kept.counts) + at_once * page - 1) // (at_once * page)
         return jax.lax.fori_loop(0, turns, block, start)
 
-    def by_kernel(start: _Running, interpret: bool = False) -> _Running:
-        return start.merged(
-            _kept_by_kernel(query, kept, groups, width**-0.5 if scale is None else scale, softcap, interpret)
-        )
+    def by_kernel(kernel: Callable[..., tuple[Array, Array, Array]], start: _Running) -> _Running:
+        scaled = width**-0.5 if scale is None else scale
+        return start.merged(_kept_by_kernel(kernel, query, kept, groups, scaled, softcap))
 
-    if kernels == "xla" or length > 1 or window is not None:
-        found = by_blocks(start)
-    elif kernels == "interpreted":
-        found = by_kernel(start, interpret=True)
-    else:
-        found = jax.lax.platform_dependent(start, tpu=by_kernel, default=by_blocks)
+    forms = {}
+    if length == 1 and window is None:
+        if kernels == "pallas":
+            forms["tpu"] = functools.partial(by_kernel, tpu_attention.attend_kept)
+        if runs_gpu_kernels(kernels) and gpu_attention.fits(width, page):
+            forms["cuda"] = functools.partial(by_kernel, gpu_attention.attend_kept)
+        if kernels == "interpreted":
+            by_blocks = functools.partial(by_kernel, functools.partial(tpu_attention.attend_kept, interpret=True))
+    found = jax.lax.platform_dependent(start, default=by_blocks, **forms) if forms else by_blocks(start)
     out = found.total / found.mass[..., None]
     return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, width).astype(dtype)
 
 
 def _kept_by_kernel(
-    query: Float[Array, "b 1 n d"], kept: Kept, groups: int, scale: float, softcap: float | None, interpret: bool
+    kernel: Callable[..., tuple[Array, Array, Array]],
+    query: Float[Array, "b 1 n d"],
+    kept: Kept,
+    groups: int,
+    scale: float,
+    softcap: float | None,
 ) -> _Running:
     (key, key_scale), (value, value_scale) = _parts(kept.pool.key), _parts(kept.pool.value)
-    top, mass, total = attend_kept(
+    top, mass, total = kernel(
         query[:, 0],
         key,
         value,
@@ -156,7 +167,6 @@ def _kept_by_kernel(
         softcap=softcap,
         key_scale=key_scale,
         value_scale=value_scale,
-        interpret=interpret,
     )
     by_group = (query.shape[0], groups, query.shape[2] // groups, 1)
     return _Running(top.reshape(by_group), mass.reshape(by_group), total.reshape(*by_group, -1))

@@ -56,7 +56,7 @@ class LowRank(nnx.Module):
 class Quantized(nnx.Module):
     """Stored integers of a linear; placeholders until a model directory is loaded into them."""
 
-    def __init__(self, shape: tuple[int, int], format: TensorFormat, *, axes: tuple, kernels: Kernels = "xla"):
+    def __init__(self, shape: tuple[int, int], format: TensorFormat, *, axes: tuple, kernels: Kernels = "auto"):
         arrays = {name: jnp.zeros(a.shape, a.dtype) for name, a in abstract_storage(shape, format).items()}
         # Packed words and groups both run along the inputs, so every part keeps the axes of the kernel.
         self.values = parameter(arrays["values"], axes)
@@ -92,7 +92,7 @@ class Embedding(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
         format: TensorFormat | None = None,
-        kernels: Kernels = "xla",
+        kernels: Kernels = "auto",
     ):
         if format is None:
             # About 0.02 at the sizes of published models, and rows of unit length at any size.
@@ -128,7 +128,7 @@ class Linear(nnx.Module):
         bias: bool = False,
         rank: int = 0,
         dropout: float = 0.0,
-        kernels: Kernels = "xla",
+        kernels: Kernels = "auto",
     ):
         if format is None:
             kernel = jax.random.normal(rngs.params(), shape, jnp.float32) * (scale / shape[0] ** 0.5)

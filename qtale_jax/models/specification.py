@@ -159,7 +159,7 @@ QUANTIZERS = ("rtn", "awq", "gptq", "magr", "magr+gptq")
 
 Quantizer = Literal["rtn", "awq", "gptq", "magr", "magr+gptq"]
 ScaleType = Literal["float32", "bfloat16", "float16"]
-Kernels = Literal["xla", "pallas", "interpreted"]
+Kernels = Literal["auto", "xla", "pallas", "interpreted"]
 
 
 class TensorFormat(_Frozen, frozen=True):
@@ -227,9 +227,9 @@ class ModelSpecification(_Frozen, frozen=True):
 
     Attributes:
         dropped_layers: layers of the model that it was made of that were taken out (static layer dropping).
-        kernels: what computes products with stored weights and attention to pages where there is a choice: "xla", or
-            "pallas" on TPUs (`qtale_jax.kernels`); "interpreted" runs these kernels slowly on any device. Not part of a
-            model directory.
+        kernels: what computes products with stored weights and attention to pages where there is a choice: "xla";
+            "pallas" (`qtale_jax.kernels`) where they fit, on TPUs and GPUs; "auto": pallas where it was measured
+            faster, on a GPU; "interpreted" runs those for TPUs slowly on any device. Not part of a model directory.
     """
 
     architecture: Architecture
@@ -238,7 +238,7 @@ class ModelSpecification(_Frozen, frozen=True):
     quantization: QuantizationSpecification | None = None
     dropped_layers: tuple[int, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
-    kernels: Kernels = Field(default="xla", exclude=True)
+    kernels: Kernels = Field(default="auto", exclude=True)
 
     @model_validator(mode="after")
     def _check(self):

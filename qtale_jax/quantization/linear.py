@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8, Int32
 
-from qtale_jax.kernels import quantized_matmul
+from qtale_jax.kernels.choice import runs_gpu_kernels
+from qtale_jax.kernels.gpu import quantized_matmul as gpu_matmul
+from qtale_jax.kernels.tpu import quantized_matmul as tpu_matmul
 from qtale_jax.models.specification import Kernels, TensorFormat
 from qtale_jax.quantization import blockwise, groupwise
 from qtale_jax.quantization.rounding import restore
@@ -26,7 +28,7 @@ class QuantizedWeight:
     """The input that each stored row belongs to; None: the rows stand in the order of the inputs."""
     format: TensorFormat = field(kw_only=True, metadata={"static": True})
     shape: tuple[int, int] = field(kw_only=True, metadata={"static": True})
-    kernels: Kernels = field(default="xla", kw_only=True, metadata={"static": True})
+    kernels: Kernels = field(default="auto", kw_only=True, metadata={"static": True})
     """What computes products with it, see `ModelSpecification`."""
 
     def dequantize(self, dtype: jnp.dtype = jnp.float32) -> Float[Array, "i o"]:
@@ -59,9 +61,9 @@ def linear(x: Float[Array, "... i"], weight: Weight, dtype: jnp.dtype | None = N
     """Returns x @ weight, accumulated in float32, as `dtype` (default: the type of x).
 
     A quantized weight is restored as a whole for many rows. Few rows take the form of `blockwise` on a CPU, elsewhere
-    that of `groupwise`, or on a TPU of `kernels.quantized_matmul` if the weight asks for it. With `activation_bits` 8
-    the product is an integer dot. Of a weight with an order the activations are put into it, which is cheaper than to
-    put the weight back.
+    that of `groupwise`, or of the kernel for a TPU or GPU, see `weight.kernels`. With `activation_bits` 8 the product
+    is an integer dot. Of a weight with an order the activations are put into it, which is cheaper than to put the
+    weight back.
     """
     dtype = x.dtype if dtype is None else dtype
     if not isinstance(weight, QuantizedWeight):
@@ -78,10 +80,13 @@ def _multiply_stored(rows: Float[Array, "m i"], weight: QuantizedWeight) -> Floa
         return _restored(rows, weight)
     by_blocks = len(rows) <= blockwise.FEW_ROWS and blockwise.steps(*weight.shape, weight.format) is not None
     forms = {"cpu": _by_blocks if by_blocks else _restored}
-    if weight.kernels != "xla" and quantized_matmul.block_inputs(weight.shape[0], weight.format) is not None:
+    if tpu_matmul.block_inputs(weight.shape[0], weight.format) is not None:
         if weight.kernels == "interpreted":
-            return _by_kernel(rows, weight, interpret=True)
-        forms["tpu"] = _by_kernel
+            return _by_tpu_kernel(rows, weight, interpret=True)
+        if weight.kernels == "pallas":
+            forms["tpu"] = _by_tpu_kernel
+    if runs_gpu_kernels(weight.kernels) and gpu_matmul.step_inputs(*weight.shape, weight.format) is not None:
+        forms["cuda"] = _by_gpu_kernel
     return jax.lax.platform_dependent(rows, weight, default=_by_groups, **forms)
 
 
@@ -100,9 +105,13 @@ def _multiply(x: Float[Array, "... i"], matrix: Float[Array, "i o"]) -> Float[Ar
     return jnp.matmul(rows, matrix, preferred_element_type=jnp.float32).reshape(*x.shape[:-1], matrix.shape[-1])
 
 
-def _by_kernel(rows: Float[Array, "m i"], weight: QuantizedWeight, interpret: bool = False) -> Float[Array, "m o"]:
+def _by_tpu_kernel(rows: Float[Array, "m i"], weight: QuantizedWeight, interpret: bool = False) -> Float[Array, "m o"]:
     stored = (weight.values, weight.scales, weight.zero_points)
-    return quantized_matmul.product(rows, *stored, weight.format, interpret=interpret)
+    return tpu_matmul.product(rows, *stored, weight.format, interpret=interpret)
+
+
+def _by_gpu_kernel(rows: Float[Array, "m i"], weight: QuantizedWeight) -> Float[Array, "m o"]:
+    return gpu_matmul.product(rows, weight.values, weight.scales, weight.zero_points, weight.format)
 
 
 def _by_blocks(rows: Float[Array, "m i"], weight: QuantizedWeight) -> Float[Array, "m o"]:

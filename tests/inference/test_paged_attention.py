@@ -39,7 +39,7 @@ def case(rng):
 
 
 def expected(query, at, fresh, kept, window):
-    """The same by the reference, over all keys of each row side by side."""
+    """The same by the reference, over all keys of each row side by side, and which queries see something."""
 
     def together(name):
         pages = getattr(kept.pool, name)[kept.table]
@@ -51,12 +51,16 @@ def expected(query, at, fresh, kept, window):
     causal = positions[:, None] <= at[:, :, None]
     if window is not None:
         causal &= at[:, :, None] - positions[:, None] < window
-    return attend(query, together("key"), together("value"), causal, jnp.broadcast_to(filled[:, None], causal.shape))
+    filled = jnp.broadcast_to(filled[:, None], causal.shape)
+    return attend(query, together("key"), together("value"), causal, filled), np.asarray(jnp.any(causal & filled, 2))
 
 
 @pytest.mark.parametrize("window", [None, 2 * BLOCK, 6])
 def test_pages_in_blocks_are_one_softmax(case, window):
-    np.testing.assert_allclose(attend_jit(*case, window=window), expected(*case, window), rtol=0, atol=2e-6)
+    reference, sees = expected(*case, window)
+    found = attend_jit(*case, window=window)
+    assert sees.mean() > 0.8 and np.isfinite(found).all()
+    np.testing.assert_allclose(found[sees], reference[sees], rtol=0, atol=2e-6)
 
 
 def test_slots_that_are_not_filled_are_never_seen(case):
@@ -80,4 +84,4 @@ def test_half_precision_stays_half_precision(case):
     query, at, fresh, kept = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, case)
     found = attend_jit(query, at, fresh, kept)
     assert found.dtype == jnp.bfloat16
-    np.testing.assert_allclose(found.astype(jnp.float32), expected(*case, None), rtol=0, atol=0.03)
+    np.testing.assert_allclose(found.astype(jnp.float32), expected(*case, None)[0], rtol=0, atol=0.03)

@@ -1,11 +1,14 @@
-"""The kernel, run by Pallas' interpreter, against the product with the restored matrix in float64."""
+"""The kernels against the product with the restored matrix in float64: by Pallas' interpreter, compiled on a GPU."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qtale_jax.kernels.quantized_matmul import WHOLE_INPUTS, block_inputs, product
+from qtale_jax.kernels.gpu import quantized_matmul as gpu
+from qtale_jax.kernels.tpu import quantized_matmul as tpu
 from qtale_jax.models.specification import TensorFormat
 from qtale_jax.quantization.linear import QuantizedWeight, linear
 from qtale_jax.quantization.rounding import Rounded
@@ -20,8 +23,30 @@ FORMATS = {
     "4 bits per channel": TensorFormat(bits=4),
     "3 bits in groups": TensorFormat(bits=3, group_size=128),
     "3 bits per channel": TensorFormat(bits=3, symmetric=True),
-    "2 bits in groups": TensorFormat(bits=2, group_size=32, scale_dtype="bfloat16"),
+    "2 bits in groups": TensorFormat(bits=2, group_size=64, scale_dtype="bfloat16"),
+    "2 bits per channel": TensorFormat(bits=2),
 }
+
+
+FORMS = {
+    "tpu": functools.partial(tpu.product, interpret=True),
+    "gpu": functools.partial(gpu.product, interpret=True),
+    "gpu, compiled": gpu.product,
+}
+
+
+@pytest.fixture(params=FORMS)
+def form(request):
+    """A kernel as a function of rows and weight."""
+    if "compiled" in request.param and jax.default_backend() != "gpu":
+        pytest.skip("no GPU here")
+    kernel = FORMS[request.param]
+
+    @jax.jit
+    def product(x, weight: QuantizedWeight):
+        return kernel(x, weight.values, weight.scales, weight.zero_points, weight.format)
+
+    return product
 
 
 def any_weight(inputs: int, outputs: int, format: TensorFormat) -> QuantizedWeight:
@@ -50,18 +75,18 @@ def close(found, expected, tolerance):
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=list(FORMATS))
 @pytest.mark.parametrize("shape", [(1, 256, 128), (3, 1536, 640)], ids=["one block", "blocks and a part of one"])
-def test_equals_the_restored_matrix(format, shape):
+def test_equals_the_restored_matrix(form, format, shape):
     count, inputs, outputs = shape
     weight, x = any_weight(inputs, outputs, format), rows(count, inputs)
-    found = product(x, weight.values, weight.scales, weight.zero_points, format, interpret=True)
+    found = form(x, weight)
     assert found.dtype == jnp.float32 and found.shape == (count, outputs)
     close(found, exact(x, weight), 1e-6)
 
 
-def test_bfloat16_rounds_nothing_but_the_rows():
-    weight, x = any_weight(512, 128, FORMATS["4 bits in groups"]), rows(2, 512).astype(jnp.bfloat16)
-    found = product(x, weight.values, weight.scales, weight.zero_points, weight.format, interpret=True)
-    close(found, exact(x.astype(jnp.float32), weight), 1e-6)
+@pytest.mark.parametrize("name", ["8 bits in groups", "4 bits in groups", "3 bits in groups", "2 bits per channel"])
+def test_bfloat16_rounds_nothing_but_the_rows(form, name):
+    weight, x = any_weight(512, 128, FORMATS[name]), rows(33, 512).astype(jnp.bfloat16)
+    close(form(x, weight), exact(x.astype(jnp.float32), weight), 1e-6)
 
 
 @pytest.mark.parametrize("bits", [4, 3])
@@ -82,12 +107,39 @@ def test_a_weight_can_ask_for_it(bits):
         (172, TensorFormat(bits=3), None),
         (192, TensorFormat(bits=4, group_size=48), 192),
         (192, TensorFormat(bits=3, group_size=48), None),
-        (WHOLE_INPUTS + 1, TensorFormat(bits=8), None),
+        (tpu.WHOLE_INPUTS + 1, TensorFormat(bits=8), None),
         (4096, TensorFormat(bits=8, activation_bits=8), None),
     ],
 )
-def test_blocks_are_whole_groups_or_the_kernel_is_not_used(inputs, format, expected):
-    assert block_inputs(inputs, format) == expected
+def test_tpu_blocks_are_whole_groups_or_the_kernel_is_not_used(inputs, format, expected):
+    assert tpu.block_inputs(inputs, format) == expected
+
+
+@pytest.mark.parametrize(
+    ("inputs", "format", "expected"),
+    [
+        (4096, TensorFormat(bits=4, group_size=128), 128),
+        (4096, TensorFormat(bits=4, group_size=256), 128),
+        (11008, TensorFormat(bits=3), 128),
+        (192, TensorFormat(bits=4, group_size=48), 16),
+        (192, TensorFormat(bits=3, group_size=64), 64),
+        (192, TensorFormat(bits=3, group_size=32), None),
+        (172, TensorFormat(bits=8), None),
+        (4096, TensorFormat(bits=8, activation_bits=8), None),
+    ],
+)
+def test_gpu_steps_lie_within_groups_or_the_kernel_is_not_used(inputs, format, expected):
+    assert gpu.step_inputs(inputs, 64, format) == expected
+
+
+def test_gpus_take_outputs_that_fill_a_tile():
+    assert gpu.step_inputs(4096, 24, TensorFormat(bits=8)) is None
+
+
+def test_tpu_blocks_of_the_smallest_groups():
+    weight, x = any_weight(256, 128, TensorFormat(bits=2, group_size=32)), rows(2, 256)
+    found = tpu.product(x, weight.values, weight.scales, weight.zero_points, weight.format, interpret=True)
+    close(found, exact(x, weight), 1e-6)
 
 
 def test_what_does_not_fit_takes_the_plain_form():

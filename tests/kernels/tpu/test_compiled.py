@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from qtale_jax.kernels.page_attention import attend_kept
+from qtale_jax.kernels.tpu.page_attention import attend_kept
 from qtale_jax.models.specification import TensorFormat
 from qtale_jax.planning.compiled import topology_devices
 from qtale_jax.quantization.linear import QuantizedWeight, linear
