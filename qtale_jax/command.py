@@ -11,6 +11,7 @@ Nothing here imports JAX, so that `--help` and a refused configuration answer at
 """
 
 import argparse
+import functools
 import logging
 import os
 import shutil
@@ -117,8 +118,19 @@ def _plain_messages() -> Iterator[None]:
         logger.removeHandler(handler)
 
 
+def _unless_closed_loop(usual: Callable[[Any], Any], found: Any) -> None:
+    """Reports what no caller can catch, but for writes that end after the event loop that waited for them.
+
+    A write that fails, on a full disk, closes the loop while others are under way; what they say then is not news.
+    """
+    if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+        usual(found)
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Calls `main` and exits with its result, 2 and one line on stderr for an `InputError`, 130 if interrupted."""
+    # For good: such reports come as late as the interpreter's end.
+    sys.unraisablehook = functools.partial(_unless_closed_loop, sys.unraisablehook)
     try:
         with _plain_messages():
             code = main() or 0

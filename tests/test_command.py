@@ -164,6 +164,30 @@ def test_the_disk_is_found_behind_what_libraries_raise(error, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+FAILING_WRITES = """
+import asyncio, errno, tensorstore
+from qtale_jax.command import run
+
+def main():
+    loop = asyncio.new_event_loop()
+    promise, write = tensorstore.Promise.new()
+    write.add_done_callback(lambda _: loop.call_soon_threadsafe(print))
+    loop.close()
+    promise.set_result(1)
+    raise OSError(errno.ENOSPC, "No space left on device", "params")
+
+run(main)
+"""
+
+
+def test_writes_that_end_after_the_failure_say_nothing(process_environment):
+    found = subprocess.run(
+        [sys.executable, "-c", FAILING_WRITES], capture_output=True, text=True, env=process_environment(), timeout=300
+    )
+    assert found.returncode == 2
+    assert found.stderr.splitlines() == ["error: params: No space left on device; what was complete before is kept"]
+
+
 def test_other_errors_keep_their_traceback():
     def main():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "a file of our own")
