@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -118,19 +119,24 @@ def _plain_messages() -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def _unless_closed_loop(usual: Callable[[Any], Any], found: Any) -> None:
-    """Reports what no caller can catch, but for writes that end after the event loop that waited for them.
+def _report(usual: Callable[[Any], Any], found: Any) -> None:
+    """Reports what a thread or a destructor raised, where no caller can catch it: in one line if the disk is full.
 
-    A write that fails, on a full disk, closes the loop while others are under way; what they say then is not news.
+    A write that fails also closes the event loop of others that are under way; what they say then is not news.
     """
-    if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+    reason = disk_error(found.exc_value) if isinstance(found.exc_value, Exception) else None
+    if reason is not None:
+        if hasattr(found, "thread"):
+            print(f"warning: {reason}", file=sys.stderr)
+    elif not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
         usual(found)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Calls `main` and exits with its result, 2 and one line on stderr for an `InputError`, 130 if interrupted."""
     # For good: such reports come as late as the interpreter's end.
-    sys.unraisablehook = functools.partial(_unless_closed_loop, sys.unraisablehook)
+    sys.unraisablehook = functools.partial(_report, sys.unraisablehook)
+    threading.excepthook = functools.partial(_report, threading.excepthook)
     try:
         with _plain_messages():
             code = main() or 0

@@ -165,27 +165,47 @@ def test_the_disk_is_found_behind_what_libraries_raise(error, capsys):
 
 
 FAILING_WRITES = """
-import asyncio, errno, tensorstore
+import asyncio, atexit, errno, tensorstore, threading
 from qtale_jax.command import run
 
+def fail():
+    raise OSError(errno.ENOSPC, "No space left on device", "params")
+
 def main():
+    atexit.register(fail)
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
     loop = asyncio.new_event_loop()
     promise, write = tensorstore.Promise.new()
     write.add_done_callback(lambda _: loop.call_soon_threadsafe(print))
     loop.close()
     promise.set_result(1)
-    raise OSError(errno.ENOSPC, "No space left on device", "params")
+    fail()
 
 run(main)
 """
 
 
-def test_writes_that_end_after_the_failure_say_nothing(process_environment):
+def test_writes_beside_the_one_that_failed_leave_no_traceback(process_environment):
     found = subprocess.run(
         [sys.executable, "-c", FAILING_WRITES], capture_output=True, text=True, env=process_environment(), timeout=300
     )
     assert found.returncode == 2
-    assert found.stderr.splitlines() == ["error: params: No space left on device; what was complete before is kept"]
+    assert found.stderr.splitlines() == [
+        "warning: params: No space left on device",
+        "error: params: No space left on device; what was complete before is kept",
+    ]
+
+
+def test_other_errors_of_threads_keep_their_traceback(process_environment):
+    program = (
+        "import threading; from qtale_jax.command import run; run(lambda: threading.Thread(target=[].pop).start())"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=process_environment(), timeout=300
+    )
+    assert "IndexError: pop from empty list" in found.stderr
 
 
 def test_other_errors_keep_their_traceback():
