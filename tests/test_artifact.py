@@ -244,8 +244,12 @@ def test_parameters_that_do_not_fit_the_specification_are_refused(tmp_path):
 
 
 def test_missing_directories_are_named(tmp_path):
-    with pytest.raises(InputError, match="nowhere: no such model directory"):
+    with pytest.raises(InputError, match="nowhere: no such model directory$"):
         artifact.load_model(tmp_path / "nowhere")
+    for name in ("awq-4bit", "trained"):
+        artifact.save_model(tmp_path / "run" / name, DENSE, parameters(DENSE))
+    with pytest.raises(InputError, match="no such model directory; .*run has awq-4bit, trained$"):
+        artifact.load_model(tmp_path / "run" / "awq")
     with pytest.raises(InputError, match="model.json is missing$"):
         artifact.load_model(tmp_path)
     (tmp_path / "config.json").write_text("{}")

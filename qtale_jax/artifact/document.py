@@ -52,6 +52,12 @@ def versions() -> dict[str, str]:
     return {"qtale_jax": qtale_jax.__version__} | {name: metadata.version(name) for name in packages}
 
 
+def _beside(path: Path) -> str:
+    """Names the model directories that stand where one is missing."""
+    found = sorted(file.parent.name for file in path.parent.glob("*/model.json"))
+    return f"; {path.parent} has {', '.join(found)}" if found else ""
+
+
 def read_model_json(path: str | Path) -> ModelDocument:
     """Reads what a model is without touching its arrays.
 
@@ -60,7 +66,7 @@ def read_model_json(path: str | Path) -> ModelDocument:
     """
     path = Path(path)
     if not path.is_dir():
-        raise InputError(f"{path}: no such model directory")
+        raise InputError(f"{path}: no such model directory{_beside(path)}")
     file = path / "model.json"
     if not file.is_file():
         hint = "; convert Hugging Face checkpoints with qtale_jax.convert" if (path / "config.json").exists() else ""

@@ -151,17 +151,22 @@ def _packed_pieces(x_ref, values_ref, index, step: int, bits: int):
     blocks, quarter = step // BLOCK, x_ref.shape[1] // 4
     at = pl.ds(index * blocks, blocks)
     low = values_ref[at, pl.ds(0, 8), :].astype(jnp.int32)
-    high = further = None
-    if bits == 3:
-        # Four rows hold the high bits of eight inputs: those of the first four, and one position further the others'.
-        high = values_ref[at, pl.ds(8, 4), :].astype(jnp.int32) << 2
-        high = jnp.broadcast_to(high[:, None], (blocks, 2, *high.shape[1:])).reshape(low.shape)
-        further = jax.lax.broadcasted_iota(jnp.int32, low.shape, 1) >> 2
+    high = _third_bits(values_ref, at, low.shape) if bits == 3 else None
     for field in range(4):
         part = (low >> (2 * field)) & 3
-        if bits == 3:
-            part |= (high >> (2 * field + further)) & 4
+        if high is not None:
+            part |= (high >> (2 * field)) & 4
         yield pl.ds(field * quarter + index * 8 * blocks, 8 * blocks), part.reshape(8 * blocks, -1)
+
+
+def _third_bits(values_ref, at, shape: tuple[int, ...]) -> Array:
+    """Bytes of the third bit, that of the first field worth 4.
+
+    Four rows hold it for the first four inputs, and one position further for the others.
+    """
+    rows = values_ref[at, pl.ds(8, 4), :].astype(jnp.int32) << 2
+    rows = jnp.broadcast_to(rows[:, None], (shape[0], 2, *rows.shape[1:])).reshape(shape)
+    return rows >> (jax.lax.broadcasted_iota(jnp.int32, shape, 1) >> 2)
 
 
 def _dot(left: Array, right: Array) -> Array:
