@@ -78,7 +78,8 @@ class Stage:
         folder.mkdir(parents=True)
         file = folder / "config.yaml"
         file.write_text(yaml.safe_dump(config))
-        self.log = folder / "stderr"
+        # Not in the folder, whose file system is filled up.
+        self.log = Path(tempfile.mkstemp(prefix="qtale-jax-stderr-")[1])
         self.command = [sys.executable, "-m", f"qtale_jax.{name}", str(file)]
 
     @property
@@ -243,7 +244,7 @@ class Campaign:
         self.finish(quantized)
         self.expected["quantize"] = (quantized.values(), [])
         self.stages: dict[str, Stage] = {}
-        self.damaged = False
+        self.damaged, self.latest = False, ""
 
     def new_quantization(self, name: str) -> Stage:
         """A quantization of the reference."""
@@ -283,6 +284,7 @@ class Campaign:
         if isinstance(stage, Training):
             self.most_lost = max(self.most_lost, stage.most_lost)
         shutil.rmtree(stage.folder)
+        stage.log.unlink()
         del self.stages[kind]
 
     def fault(self) -> None:
@@ -293,7 +295,8 @@ class Campaign:
         if isinstance(stage, Training):
             names += ["SIGKILL while saving", *(DAMAGES if len(stage.whole()) > 1 and not self.damaged else ())]
         name = self.rng.choice(names)
-        self.counts[f"{name}, {kind}"] += 1
+        self.latest = f"{name}, {kind}"
+        self.counts[self.latest] += 1
         if name in DAMAGES and isinstance(stage, Training):
             damage(stage.checkpoints / str(stage.whole()[-1]), name, self.rng)
             self.damaged = True
@@ -329,7 +332,7 @@ def main() -> None:
             try:
                 campaign.fault()
             except Wrong as error:
-                raise SystemExit(f"fault {number + 1} ({list(campaign.counts)[-1]}): {error}") from error
+                raise SystemExit(f"fault {number + 1} ({campaign.latest}): {error}") from error
         campaign.end()
     rows = [Row(name, count, "faults") for name, count in sorted(campaign.counts.items())]
     rows.append(Row("runs that ended as an undisturbed one, bit for bit", campaign.runs, "runs"))

@@ -18,7 +18,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import yaml
@@ -127,9 +127,15 @@ def _report(usual: Callable[[Any], Any], found: Any) -> None:
     reason = disk_error(found.exc_value) if isinstance(found.exc_value, Exception) else None
     if reason is not None:
         if hasattr(found, "thread"):
-            print(f"warning: {reason}", file=sys.stderr)
+            _say(f"warning: {reason}")
     elif not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
         usual(found)
+
+
+def _say(message: str) -> None:
+    """Prints to stderr, unless that goes to the disk that is full: the exit code still says what happened."""
+    with suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -142,10 +148,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             code = main() or 0
         sys.stdout.flush()
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(f"error: {' '.join(str(error).split())}")
         code = 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _say("interrupted")
         code = 130
     except BrokenPipeError:  # `... | head` closed the pipe; stop quietly, also when the interpreter flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -154,6 +160,6 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         reason = disk_error(error)
         if reason is None:
             raise
-        print(f"error: {reason}; what was complete before is kept", file=sys.stderr)
+        _say(f"error: {reason}; what was complete before is kept")
         code = 2
     raise SystemExit(code)

@@ -146,6 +146,14 @@ def test_a_full_disk_is_one_line(capsys):
     assert "No space left on device" in line and "what was complete before is kept" in line
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_the_code_is_right_where_even_the_error_finds_no_room(process_environment):
+    program = "from qtale_jax.command import run; run(lambda: open('/dev/full', 'w').write('x' * 100_000))"
+    with open("/dev/full", "w") as full:
+        found = subprocess.run([sys.executable, "-c", program], stderr=full, env=process_environment(), timeout=300)
+    assert found.returncode == 2
+
+
 @pytest.mark.parametrize(
     "error",
     [
