@@ -135,6 +135,8 @@ def extended(
     lora = None
     if config.lora is not None and config.train.parameters == "adapters":
         lora = LoraSpecification(**config.lora.model_dump())
+    # Gradients go through the products with stored weights, and the kernels have none.
+    spec = spec.model_copy(update={"kernels": "xla"})
     return adapt(spec, params, routing_from(config, spec.architecture.num_layers), lora, key)
 
 

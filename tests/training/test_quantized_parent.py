@@ -10,8 +10,10 @@ import pytest
 from qtale_jax.artifact import load_model
 from qtale_jax.config.schema import Config
 from qtale_jax.errors import InputError
+from qtale_jax.parallel.mesh import build_mesh
 from qtale_jax.quantize import run_stage as quantize
 from qtale_jax.training.loop import train
+from qtale_jax.training.start import prepare
 
 pytestmark = pytest.mark.slow
 
@@ -62,6 +64,13 @@ def test_routers_train_and_nothing_else_changes(configured, quantized):
         if not np.array_equal(old, new):
             changed.append(jax.tree_util.keystr(where))
     assert changed and all("router" in where for where in changed)
+
+
+def test_training_takes_no_kernels_for_they_have_no_gradients(configured, quantized):
+    path = quantized(bits=2, group_size=8)
+    config = configured("start", model={"path": str(path)}, train={"parameters": "routers"})
+    mesh = build_mesh(config.mesh, jax.devices()[:1])
+    assert prepare(config, mesh, jax.random.key(0)).spec.kernels == "xla"
 
 
 @pytest.mark.parametrize(
