@@ -19,7 +19,8 @@ from qtale_jax.errors import InputError
 from qtale_jax.models.decoder import Parameters
 from qtale_jax.quantization.storage import array_bytes
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save; errors are raised anyway
+# Orbax reports every save and load through absl, and failures of its threads, which it raises as well, with tracebacks.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 PART_BYTES = 2**29
 """A part takes parameters as long as it holds at most this many bytes; a larger parameter is a part of its own."""

@@ -17,9 +17,6 @@ from qtale_jax.training.step import TrainState
 
 log = logging.getLogger(__name__)
 
-# Orbax reports every save and load through absl, and failures of its threads, which it raises as well, with tracebacks.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
-
 
 class DamagedCheckpoint(Exception):
     """A checkpoint cannot be read, or holds other values than were saved."""
