@@ -160,6 +160,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         reason = disk_error(error)
         if reason is None:
             raise
+        # What threads and destructors say now follows from it.
+        sys.unraisablehook = threading.excepthook = lambda found: None
         _say(f"error: {reason}; what was complete before is kept")
         code = 2
     raise SystemExit(code)

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,6 +102,14 @@ def _few_compiled_programs():
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def _own_hooks():
+    """Puts back what entry points that run in this process replace for good."""
+    unraisable, threads = sys.unraisablehook, threading.excepthook
+    yield
+    sys.unraisablehook, threading.excepthook = unraisable, threads
 
 
 @pytest.fixture(scope="session")

@@ -179,8 +179,12 @@ from qtale_jax.command import run
 def fail():
     raise OSError(errno.ENOSPC, "No space left on device", "params")
 
+def closed():
+    raise OSError("handle is closed")
+
 def main():
     atexit.register(fail)
+    atexit.register(closed)
     thread = threading.Thread(target=fail)
     thread.start()
     thread.join()
