@@ -47,7 +47,8 @@ def models(architecture: Architecture, formats: Iterable[str], key: jax.Array):
     yield "bf16", spec.model_copy(update={"dtype": "bfloat16"}), half, jnp.bfloat16
     for name in formats:
         made, stored, _ = quantize_parameters(spec, params, FORMATS[name])
-        yield name, made, stored, jnp.float32 if wide else jnp.bfloat16
+        plain = made.model_copy(update={"kernels": "xla"})
+        yield name, plain, stored, jnp.float32 if wide else jnp.bfloat16
         if not wide:
             yield f"{name}, pallas", made.model_copy(update={"kernels": "pallas"}), stored, jnp.bfloat16
 

@@ -79,7 +79,9 @@ class Stage:
         file = folder / "config.yaml"
         file.write_text(yaml.safe_dump(config))
         # Not in the folder, whose file system is filled up.
-        self.log = Path(tempfile.mkstemp(prefix="qtale-jax-stderr-")[1])
+        handle, name_of_log = tempfile.mkstemp(prefix="qtale-jax-stderr-")
+        os.close(handle)
+        self.log = Path(name_of_log)
         self.command = [sys.executable, "-m", f"qtale_jax.{name}", str(file)]
 
     @property

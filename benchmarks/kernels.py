@@ -53,7 +53,7 @@ def restored(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
 
 def forms(stored: dict[str, Any], shape: tuple[int, int], format: TensorFormat) -> dict[str, tuple[Callable, Any]]:
     """Functions of rows and weight, and the weight, by name."""
-    plain = QuantizedWeight(**stored, format=format, shape=shape)
+    plain = QuantizedWeight(**stored, format=format, shape=shape, kernels="xla")
     kernel = dataclasses.replace(plain, kernels="pallas")
     return {"restored": (restored, plain), "xla": (linear, plain), "pallas": (linear, kernel)}
 

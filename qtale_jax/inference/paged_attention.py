@@ -135,15 +135,15 @@ def attend_pages(
         scaled = width**-0.5 if scale is None else scale
         return start.merged(_kept_by_kernel(kernel, query, kept, groups, scaled, softcap))
 
-    forms = {}
+    forms, plain = {}, by_blocks
     if length == 1 and window is None:
         if kernels == "pallas":
             forms["tpu"] = functools.partial(by_kernel, tpu_attention.attend_kept)
         if runs_gpu_kernels(kernels) and gpu_attention.fits(width, page):
             forms["cuda"] = functools.partial(by_kernel, gpu_attention.attend_kept)
         if kernels == "interpreted":
-            by_blocks = functools.partial(by_kernel, functools.partial(tpu_attention.attend_kept, interpret=True))
-    found = jax.lax.platform_dependent(start, default=by_blocks, **forms) if forms else by_blocks(start)
+            plain = functools.partial(by_kernel, functools.partial(tpu_attention.attend_kept, interpret=True))
+    found = jax.lax.platform_dependent(start, default=plain, **forms) if forms else plain(start)
     out = found.total / found.mass[..., None]
     return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, width).astype(dtype)
 

@@ -27,7 +27,7 @@ ROW_SHARES = (1 / 8, 1 / 2, 3 / 4, 1.0)
 """Sizes for the rows of a batch, as shares of it, besides 0.
 
 Few, because a layer's weights are read as soon as one row executes it: of eight rows four take 0.79 of the time of all
-on two CPU cores, two 0.77, one 0.55 (134 million parameters), and every size is a program to compile.
+on two CPU cores, two 0.73, one 0.55 (134 million parameters), and every size is a program to compile.
 """
 
 TOKEN_SHARES = (1 / 8, 5 / 16, 9 / 16, 13 / 16, 1.0)
