@@ -5,12 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from qtale_jax.models.gated_softmax import HIDDEN, gated_softmax
 from qtale_jax.models.layers import Linear, RMSNorm
 from qtale_jax.models.rotary import rotate
 from qtale_jax.models.specification import Architecture
-
-HIDDEN = -1e30
-"""Score of an invisible key: finite, so that a row that sees nothing (padding) gives numbers instead of NaN."""
 
 
 def in_window(
@@ -82,12 +80,9 @@ def attend(
     visible = (causal & kept)[:, None, None]
     if key_gate is None:
         weights = jax.nn.softmax(jnp.where(visible, scores, HIDDEN), axis=-1)
+        out = jnp.einsum("bkgts,bskd->btkgd", weights.astype(value.dtype), value)
     else:
-        scores = jnp.where(causal[:, None, None], scores, HIDDEN)
-        top = jax.lax.stop_gradient(jnp.max(jnp.where(visible, scores, HIDDEN), axis=-1, keepdims=True))
-        mass = jnp.exp(jnp.minimum(scores - top, 0.0)) * key_gate[:, None, None]
-        weights = mass / jnp.sum(mass, axis=-1, keepdims=True)
-    out = jnp.einsum("bkgts,bskd->btkgd", weights.astype(value.dtype), value)
+        out = gated_softmax(scores, value, key_gate, causal, kept)
     return out.reshape(batch, length, heads, width)
 
 

@@ -125,6 +125,41 @@ def test_key_gate_has_the_value_of_masked_softmax(attention_inputs):
     np.testing.assert_allclose(gated, masked, atol=1e-6)
 
 
+def test_queries_keys_and_values_learn_as_under_masked_softmax(attention_inputs):
+    query, key, value, causal, kept = attention_inputs
+    weight = jax.random.normal(jax.random.key(1), query.shape)
+
+    def loss(arrays, gate):
+        return jnp.sum(weight * attend(*arrays, causal, kept, gate))
+
+    masked = jax.grad(loss)((query, key, value), None)
+    gated = jax.grad(loss)((query, key, value), kept.astype(jnp.float32))
+    for expected, found in zip(masked, gated, strict=True):
+        np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+def test_gates_learn_as_in_a_renormalised_softmax(attention_inputs):
+    """The reference of D-LLM: softmax over causal keys, times the gate, renormalised.
+
+    A query that points along its own key prefers no other, so that no evicted key is stronger than a visible one.
+    """
+    _, key, value, causal, kept = attention_inputs
+    key = key / jnp.linalg.norm(key, axis=-1, keepdims=True)
+    query = 3 * jnp.repeat(key, 2, axis=2)
+
+    def renormalised(gate):
+        scores = jnp.einsum("btkgd,bskd->bkgts", query.reshape(1, 8, 2, 2, 4), key) / 2
+        weights = jax.nn.softmax(jnp.where(causal[:, None, None], scores, -jnp.inf), axis=-1) * gate[:, None, None]
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(query.shape)
+
+    gate = kept.astype(jnp.float32)
+    expected = jax.grad(lambda gate: jnp.sum(jnp.sin(3 * renormalised(gate))))(gate)
+    found = jax.grad(lambda gate: jnp.sum(jnp.sin(3 * attend(query, key, value, causal, kept, gate))))(gate)
+    assert float(jnp.abs(jnp.where(causal & ~kept, expected, 0.0)).max()) > 0.1
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [1.0, 30.0, 1000.0])
 def test_gradient_through_eviction_is_bounded(attention_inputs, size):
     """However strongly a query would have liked an evicted key, its gate's gradient stays that of a visible key."""
