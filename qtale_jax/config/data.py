@@ -11,11 +11,18 @@ class DataConfig(Section):
     """What is read, how it becomes tokens, how tokens become batches."""
 
     kind: Literal["reasoning", "text", "instruction", "multiple_choice", "published"] = Field(
-        default="reasoning", description="format of the source; published: tasks, as the datasets library has them"
+        default="reasoning",
+        description="format of the source; published: tasks, as TFDS or the datasets library has them",
     )
     path: str | None = Field(
         default=None,
-        description="file or directory; reasoning: where the generated set is kept; published: folder of saved sets",
+        description="file or directory; reasoning: where the generated set is kept; published: folder of saved or "
+        "prepared sets",
+    )
+    source: Literal["auto", "tfds", "datasets"] = Field(
+        default="auto",
+        description="published: whose copy is read. tfds: prepared as ArrayRecord, in path or TFDS's default folder; "
+        "datasets: saved in path, or from the hub or its cache; auto: tfds where it is prepared, else datasets",
     )
     paths: Many[str] = Field(
         default=(), description="instruction, multiple_choice: several files instead of path, each with its own tail"
@@ -43,6 +50,10 @@ class DataConfig(Section):
     def _check(self):
         if self.path is None and not self.paths and self.kind not in ("reasoning", "published"):
             raise ValueError(f"kind={self.kind!r} needs path, the file or directory to read")
+        if self.source != "auto" and self.kind != "published":
+            raise ValueError(
+                f"source={self.source!r} would do nothing with kind={self.kind!r}; allowed: kind=published"
+            )
         if self.paths and self.kind not in ("instruction", "multiple_choice"):
             raise ValueError(f"paths does not go with kind={self.kind!r}; allowed: instruction or multiple_choice")
         if self.paths and self.path is not None:

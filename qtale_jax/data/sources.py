@@ -53,7 +53,7 @@ def read(config: DataConfig, split: str) -> list[Record]:
     if config.kind == "reasoning":
         records = _reasoning(config, split)
     elif config.kind == "published":
-        published.check_tasks(config.tasks)
+        published.check_tasks(config.tasks, config.source)
         records = [record for task in config.tasks for record in _published(config, task, split)]
     elif config.paths:
         parts = ("train", "calibration") if config.evaluation_path is not None else SPLITS
@@ -76,12 +76,16 @@ def _published(config: DataConfig, task: str, split: str) -> list[Record]:
 
     Tasks that have no other split are cut as a file is.
     """
+
+    def whole(name: str) -> list[Choice | Instruction | str]:
+        return list(published.rows(task, name, config.path, config.source))
+
     if published.is_cut(task):
-        found = _part(list(published.rows(task, "train", config.path)), config.held_out, split)
+        found = _part(whole("train"), config.held_out, split)
+    elif split in ("train", "calibration"):
+        found = _training_part(whole("train"), config.held_out, split)
     else:
-        found = list(published.rows(task, "train" if split == "calibration" else split, config.path))
-        if split in ("train", "calibration"):
-            found = _training_part(found, config.held_out, split)
+        found = whole(split)
     return published.records(task, found)
 
 

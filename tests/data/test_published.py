@@ -2,6 +2,7 @@
 
 import datasets
 import pytest
+import tensorflow_datasets as tfds
 
 from qtale_jax.config.schema import DataConfig
 from qtale_jax.data.published import catalogue
@@ -79,6 +80,7 @@ def test_what_cannot_be_read_is_one_line_that_says_what_to_put_where(folder, mon
     with pytest.raises(InputError, match=r"piqa, split test, row 1: the answer is choice -1 of 2; it may be hidden"):
         read(config(folder / "other", "piqa"), "test")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(folder))
     with pytest.raises(InputError, match=r"'piqa', split 'validation' cannot be read .*put that folder to FOLDER/piqa"):
         read(config(None, "piqa"), "test")
     with pytest.raises(
