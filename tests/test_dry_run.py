@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import datasets
 import jax
 import pytest
 import yaml
@@ -179,6 +180,19 @@ def test_evaluate_tells_examples_and_batches(dry_run, models, folder):
     assert code == 0 and found["examples"] == "6 of the test split" and found["tasks"] == "choices"
     assert found["rows"].startswith("18 with ") and found["rows"].endswith("about 5 batches of 4")
     assert found["would write"] == "run/evaluation/routed.json"
+
+
+def test_published_tasks_are_named_with_where_they_are_read_from(dry_run, models, folder):
+    query, *choices = reasoning.WORDS[3:6]
+    row = {"question_stem": query, "choices": {"text": choices, "label": ["A", "B"]}, "answerKey": "B"}
+    rows = datasets.Dataset.from_list([row] * 20)
+    datasets.DatasetDict(dict.fromkeys(["train", "validation", "test"], rows)).save_to_disk("saved/openbookqa")
+    arguments = ["data.kind=published", "data.path=saved", "data.tasks=[openbookqa]"]
+    for stage in ("train", "evaluate"):
+        code, out, _ = dry_run(stage, "config.yaml", *arguments, f"evaluate.model={models / 'routed'}", "--dry-run")
+        assert code == 0 and facts(out)["data"] == "openbookqa from saved/openbookqa"
+    code, _, err = dry_run("train", "config.yaml", *arguments, "data.source=tfds", "--dry-run")
+    assert code == 2 and "'openbookqa' is not prepared, there is no openbookqa in data.path=saved; prepare it" in err
 
 
 def test_evaluate_names_the_harness_tasks(dry_run, models, folder):

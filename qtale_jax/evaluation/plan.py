@@ -3,6 +3,7 @@
 from typing import Any
 
 from qtale_jax.config.schema import Config
+from qtale_jax.data.published import origin
 from qtale_jax.data.records import Choice
 from qtale_jax.evaluation.evaluate import choice_rows, evaluated_records, likelihood_rows
 from qtale_jax.evaluation.harness.files import check_files
@@ -28,6 +29,8 @@ def facts(config: Config, tokenizer: Any) -> dict[str, str]:
     found = {"examples": f"{len(records):,} of the {config.evaluate.split} split"}
     if tasks:
         found["tasks"] = ", ".join(tasks)
+    if config.data.kind == "published":
+        found["data"] = origin(config.evaluate.tasks or config.data.tasks, config.data.path, config.data.source)
     if config.evaluate.rouge:
         found["responses to write"] = f"of at most {config.evaluate.max_new_tokens} tokens, for ROUGE"
     tokens = sum(len(row.ids) for row in rows)

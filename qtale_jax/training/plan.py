@@ -12,6 +12,7 @@ from qtale_jax.artifact import StoredModel, weight_bytes
 from qtale_jax.artifact.arrays import flatten
 from qtale_jax.config.schema import Config
 from qtale_jax.data.pipeline import load_rows
+from qtale_jax.data.published import origin
 from qtale_jax.data.rows import Rows
 from qtale_jax.data.scratch import without_writing
 from qtale_jax.data.tokens import load_tokenizer
@@ -129,6 +130,10 @@ def facts(config: Config, found: TrainingPlan) -> dict[str, str]:
         "parameters": f"{found.parameters:,}, {found.trainable:,} of them train",
         "memory": f"{bytes_text(found.model_bytes)} of parameters, {bytes_text(moments)} of optimizer state",
         "devices": ", ".join(f"{axis} {size}" for axis, size in found.mesh.items()),
+    }
+    if config.data.kind == "published":
+        words["data"] = origin(config.data.tasks, config.data.path, config.data.source)
+    words |= {
         "rows": f"{counts}, {config.data.length} tokens long",
         "tokens": f"{tokens:,} in the training rows, {learned:,} of them count in the loss",
         "steps": f"{found.steps:,} of {config.train.batch_size} rows, {epochs:.2f} passes over the training rows",
