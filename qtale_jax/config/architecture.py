@@ -8,14 +8,27 @@ from qtale_jax.config.section import Fraction, Positive, Section
 
 
 class RopeScalingConfig(Section):
-    """Llama-3 frequency scaling of the rotary embedding."""
+    """Scaling of the rotary frequencies, for contexts longer than the original one."""
 
+    kind: Literal["llama3", "linear"] = Field(
+        default="llama3", description="llama3: low frequencies are divided by factor; linear: all of them"
+    )
     factor: float = Field(default=8.0, gt=0, description="how much longer than the original context")
     low_freq_factor: float = Field(
-        default=1.0, gt=0, description="wavelengths above original_length / this are divided by factor"
+        default=1.0, gt=0, description="llama3: wavelengths above original_length / this are stretched by factor"
     )
-    high_freq_factor: float = Field(default=4.0, gt=0, description="wavelengths below original_length / this are kept")
-    original_length: Positive = Field(default=8192, description="context of the unscaled model, tokens")
+    high_freq_factor: float = Field(
+        default=4.0, gt=0, description="llama3: wavelengths below original_length / this are kept"
+    )
+    original_length: Positive = Field(default=8192, description="llama3: context of the unscaled model, tokens")
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.kind == "linear":
+            for name in ("low_freq_factor", "high_freq_factor", "original_length"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} would do nothing with kind='linear'; allowed: kind=llama3 with it")
+        return self
 
 
 class ArchitectureConfig(Section):
@@ -33,7 +46,7 @@ class ArchitectureConfig(Section):
     max_length: Positive = Field(default=512, description="longest sequence, tokens")
     norm_eps: float = Field(default=1e-5, gt=0, description="added to the mean square in RMSNorm")
     rope_theta: float = Field(default=10000.0, gt=0, description="base of the rotary frequencies")
-    rope_scaling: RopeScalingConfig | None = Field(default=None, description="Llama-3 frequency scaling")
+    rope_scaling: RopeScalingConfig | None = Field(default=None, description="scaling of the rotary frequencies")
     tied_head: bool = Field(default=False, description="the output head is the embedding")
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Rotary position embedding, half-rotation layout as in Hugging Face checkpoints, with Llama-3 frequency scaling."""
+"""Rotary position embedding, half-rotation layout as in Hugging Face checkpoints, and the scaling of frequencies."""
 
 import math
 
@@ -6,15 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from qtale_jax.models.specification import Architecture
+from qtale_jax.models.specification import Architecture, LinearScaling
 
 
 def frequencies(architecture: Architecture, local: bool = False) -> np.ndarray:
     """Returns the (head_dim / 2,) float32 angular frequencies, radians per position.
 
-    With `rope_scaling`, wavelengths longer than original_length / low_freq_factor are stretched by `factor`, those
-    shorter than original_length / high_freq_factor are kept, and between the two the frequency is interpolated
-    (Llama 3.1). With `local` those of layers with a sliding window, where these have a base of their own.
+    With linear `rope_scaling` all wavelengths are stretched by `factor` (Gemma 3 from 4B on). With that of Llama 3.1
+    those longer than original_length / low_freq_factor are, those shorter than original_length / high_freq_factor are
+    kept, and between the two the frequency is interpolated. With `local` those of layers with a sliding window, which
+    are not scaled where these have a base of their own.
     """
     own_base = local and architecture.local_rope_theta is not None
     theta = architecture.local_rope_theta if own_base else architecture.rope_theta
@@ -23,6 +24,8 @@ def frequencies(architecture: Architecture, local: bool = False) -> np.ndarray:
     scaling = None if own_base else architecture.rope_scaling
     if scaling is None:
         return base
+    if isinstance(scaling, LinearScaling):
+        return base / np.float32(scaling.factor)
     wavelength = 2 * math.pi / base
     smooth = (scaling.original_length / wavelength - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor

@@ -6,9 +6,9 @@ not, and to run it. All classes are frozen and hashable, so that they can be sta
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
 LINEARS = ("query", "key", "value", "output", "gate", "up", "down")
 """The seven linears of a block, in the order in which a forward pass uses them."""
@@ -19,12 +19,31 @@ class _Frozen(BaseModel, frozen=True, extra="forbid"):
 
 
 class RopeScaling(_Frozen, frozen=True):
-    """Llama-3 frequency scaling: long wavelengths are divided by `factor`, short ones kept, a ramp between."""
+    """Llama-3 frequency scaling: low frequencies are divided by `factor`, high ones kept, a ramp between."""
 
+    kind: Literal["llama3"] = "llama3"
     factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_length: int
+
+
+class LinearScaling(_Frozen, frozen=True):
+    """Position interpolation (Chen et al., 2023): every frequency is divided by `factor`."""
+
+    kind: Literal["linear"] = "linear"
+    factor: float = Field(gt=0)
+
+
+def _kind(scaling: Any) -> str | None:
+    """What tells scalings apart; those stored before there was a second kind do not say it."""
+    return scaling.get("kind", "llama3") if isinstance(scaling, dict) else getattr(scaling, "kind", None)
+
+
+AnyScaling = Annotated[
+    Annotated[RopeScaling, Tag("llama3")] | Annotated[LinearScaling, Tag("linear")], Discriminator(_kind)
+]
+"""How rotary frequencies differ from the powers of their base."""
 
 
 LinearName = Literal["query", "key", "value", "output", "gate", "up", "down"]
@@ -39,6 +58,7 @@ class Architecture(_Frozen, frozen=True):
         query_key_norm: RMS norm over each head of query and key, before they are rotated.
         sliding_window: a query sees the keys of this many positions, its own and those before it; None: all.
         global_layers: the layers that have no window although the others have, ascending; all others are local.
+        rope_scaling: of the rotary frequencies of all layers, or of those without a `local_rope_theta`.
         local_rope_theta: base of the rotary frequencies of local layers, which are not scaled; None: as everywhere.
         norm_offset: added to the scale of every norm but those of routers; 1 where zeros stand for "as it is".
         post_norms: RMS norm of what attention and MLP give, before it is added to the residual stream.
@@ -60,7 +80,7 @@ class Architecture(_Frozen, frozen=True):
     max_length: int
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: AnyScaling | None = None
     tied_head: bool = False
     biases: tuple[LinearName, ...] = ()
     query_key_norm: bool = False

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from qtale_jax.artifact import load_model, read_model_json
-from qtale_jax.config.schema import ArchitectureConfig, Config
+from qtale_jax.config.schema import ArchitectureConfig, Config, RopeScalingConfig
 from qtale_jax.data.tokens import load_tokenizer
 from qtale_jax.errors import InputError
 from qtale_jax.models.adapt import adapt
@@ -19,6 +19,7 @@ from qtale_jax.models.placement import layer_shardings, stack_on_mesh, stacked_s
 from qtale_jax.models.specification import (
     LINEARS,
     Architecture,
+    LinearScaling,
     LoraSpecification,
     ModelSpecification,
     RopeScaling,
@@ -69,8 +70,14 @@ def architecture_from(config: ArchitectureConfig, vocab_size: int) -> Architectu
         vocab_size=config.vocab_size or vocab_size,
         num_kv_heads=config.num_kv_heads or config.num_heads,
         head_dim=config.head_dim or config.hidden_size // config.num_heads,
-        rope_scaling=RopeScaling(**config.rope_scaling.model_dump()) if config.rope_scaling else None,
+        rope_scaling=_scaling_from(config.rope_scaling) if config.rope_scaling else None,
     )
+
+
+def _scaling_from(config: RopeScalingConfig) -> RopeScaling | LinearScaling:
+    if config.kind == "linear":
+        return LinearScaling(factor=config.factor)
+    return RopeScaling(**config.model_dump())
 
 
 def routing_from(config: Config, num_layers: int) -> RoutingSpecification | None:

@@ -16,7 +16,7 @@ from qtale_jax.inference.pages import empty_pages
 from qtale_jax.models.decoder import initialize
 from qtale_jax.models.forward import forward, unembed
 from qtale_jax.models.policy import Dense, Fixed, Sampled, Thresholded
-from qtale_jax.models.specification import Architecture, ModelSpecification, RoutingSpecification
+from qtale_jax.models.specification import Architecture, LinearScaling, ModelSpecification, RoutingSpecification
 from qtale_jax.quantization.pipeline import quantize_parameters
 
 pytestmark = pytest.mark.slow
@@ -100,6 +100,7 @@ TWO_KINDS = {
     "sliding_window": 3,
     "global_layers": (1,),
     "local_rope_theta": 100.0,
+    "rope_scaling": LinearScaling(factor=4.0),
     "norm_offset": 1.0,
     "post_norms": True,
     "activation": "gelu_tanh",

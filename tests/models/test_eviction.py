@@ -71,8 +71,9 @@ def reference_row(spec, params, tokens, execute) -> np.ndarray:
             "rope_theta": 50.0,
             "rope_scaling": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_length": 16},
         },
+        pytest.param({"rope_scaling": {"kind": "linear", "factor": 4.0}}, marks=pytest.mark.exhaustive),
     ],
-    ids=["grouped", "tied", "scaled"],
+    ids=["grouped", "tied", "scaled", "interpolated"],
 )
 def test_masked_execution_equals_a_cache_without_skipped_tokens(make_spec, make_params, run, tokens, fields, stacked):
     spec = make_spec(routing={"always_on_layers": 0, "always_on_tokens": 0}, **fields)

@@ -10,6 +10,7 @@ from qtale_jax.models.decoder import abstract_parameters, initialize, logical_ax
 from qtale_jax.models.forward import merge
 from qtale_jax.models.lora import merge_lora
 from qtale_jax.models.policy import Dense, Thresholded
+from qtale_jax.models.specification import LinearScaling
 from qtale_jax.models.stacking import stack_layers, unstack_layers
 from qtale_jax.parallel.mesh import build_mesh, shardings
 
@@ -22,6 +23,7 @@ FEATURES = {
         "sliding_window": 3,
         "global_layers": (1,),
         "local_rope_theta": 100.0,
+        "rope_scaling": LinearScaling(factor=4.0),
         "query_key_norm": True,
         "norm_offset": 1.0,
         "post_norms": True,

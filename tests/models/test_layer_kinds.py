@@ -43,8 +43,15 @@ def test_kinds_that_make_no_sense_are_refused(make_spec, fields, message):
         make_spec(**KINDS | fields)
 
 
-def test_local_layers_rotate_by_their_own_base_unscaled(make_spec):
-    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_length": 32}
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_length": 32},
+        {"kind": "linear", "factor": 8.0},
+    ],
+    ids=["llama3", "linear"],
+)
+def test_local_layers_rotate_by_their_own_base_unscaled(make_spec, scaling):
     architecture = make_spec(**KINDS, rope_scaling=scaling, head_dim=16).architecture
     plain = make_spec(rope_theta=100.0, head_dim=16).architecture
     np.testing.assert_array_equal(frequencies(architecture, local=True), frequencies(plain))

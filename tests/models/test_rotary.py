@@ -6,17 +6,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
+from qtale_jax.config.schema import ArchitectureConfig
 from qtale_jax.models.rotary import frequencies, rotary_tables, rotate
+from qtale_jax.models.specification import LinearScaling, ModelSpecification, RopeScaling
+from qtale_jax.training.start import architecture_from
 
 LLAMA_3_1 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_length": 8192}
 LLAMA_3_2 = {**LLAMA_3_1, "factor": 32.0}
+LINEAR = {"kind": "linear", "factor": 8.0}
 
 
 def expected_frequency(index: int, width: int, theta: float, scaling: dict | None) -> float:
     frequency = theta ** (-2 * index / width)
     if scaling is None:
         return frequency
+    if scaling.get("kind") == "linear":
+        return frequency / scaling["factor"]
     turns = scaling["original_length"] * frequency / (2 * math.pi)  # periods within the original context
     if turns < scaling["low_freq_factor"]:
         return frequency / scaling["factor"]
@@ -28,7 +35,14 @@ def expected_frequency(index: int, width: int, theta: float, scaling: dict | Non
 
 @pytest.mark.parametrize(
     ("theta", "width", "scaling"),
-    [(10000.0, 128, None), (500000.0, 128, LLAMA_3_1), (500000.0, 128, LLAMA_3_2), (10000.0, 8, None)],
+    [
+        (10000.0, 128, None),
+        (500000.0, 128, LLAMA_3_1),
+        (500000.0, 128, LLAMA_3_2),
+        (10000.0, 8, None),
+        (1e6, 256, LINEAR),
+        (10000.0, 8, LINEAR | {"factor": 3.0}),
+    ],
 )
 def test_frequencies(make_spec, theta, width, scaling):
     spec = make_spec(rope_theta=theta, head_dim=width, rope_scaling=scaling)
@@ -42,6 +56,45 @@ def test_scaling_has_all_three_ranges(make_spec):
     plain = frequencies(make_spec(rope_theta=500000.0, head_dim=128).architecture)
     ratio = plain / frequencies(make_spec(rope_theta=500000.0, head_dim=128, rope_scaling=LLAMA_3_1).architecture)
     assert (np.isclose(ratio, 1)).any() and (np.isclose(ratio, 8)).any() and ((ratio > 1.1) & (ratio < 7.9)).any()
+
+
+def test_linear_scaling_is_a_position_between(make_spec):
+    """Position interpolation: token 12 of a scaled model stands where token 3 of an unscaled one does."""
+    plain = make_spec(head_dim=8).architecture
+    scaled = make_spec(head_dim=8, rope_scaling={"kind": "linear", "factor": 4.0}).architecture
+    for found, expected in zip(
+        rotary_tables(scaled, jnp.array([[12]], jnp.int32)),
+        rotary_tables(plain, jnp.array([[3]], jnp.int32)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_scalings_are_told_apart_by_their_kind(make_spec):
+    """Models stored before there was a second kind do not say theirs."""
+    old, new = (make_spec(rope_scaling=scaling) for scaling in (LLAMA_3_1, {"kind": "llama3", **LLAMA_3_1}))
+    assert old == new and isinstance(old.architecture.rope_scaling, RopeScaling)
+    linear = make_spec(rope_scaling=LINEAR)
+    assert linear.architecture.rope_scaling == LinearScaling(factor=8.0)
+    for spec in (old, linear):
+        assert ModelSpecification.model_validate_json(spec.model_dump_json()) == spec
+        assert hash(spec) == hash(spec.model_copy())
+    for scaling in ({"factor": 8.0}, {"kind": "yarn", "factor": 8.0}, LLAMA_3_1 | LINEAR, LINEAR | {"factor": 0.0}):
+        with pytest.raises(ValidationError, match="rope_scaling"):
+            make_spec(rope_scaling=scaling)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"factor": 2.0}, RopeScaling(factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192)),
+        ({"kind": "linear", "factor": 2.0}, LinearScaling(factor=2.0)),
+        (None, None),
+    ],
+)
+def test_both_kinds_can_be_configured(keys, expected):
+    config = ArchitectureConfig.model_validate({"rope_scaling": keys})
+    assert architecture_from(config, 40).rope_scaling == expected
 
 
 def test_scores_depend_on_distance_only(make_spec):

@@ -15,7 +15,7 @@ from qtale_jax.models.huggingface.families import (
     named_family,
 )
 from qtale_jax.models.huggingface.windows import described_windows, windows_of
-from qtale_jax.models.specification import Architecture, ModelSpecification, RopeScaling
+from qtale_jax.models.specification import Architecture, LinearScaling, ModelSpecification, RopeScaling
 
 SIZES = {
     "vocab_size": "vocab_size",
@@ -111,36 +111,50 @@ def _numbers(config: Config, family: Family, where: str) -> Config:
 def _rope(config: Config, family: Family, where: str) -> Config:
     """Base and scaling, from `rope_scaling` + `rope_theta` or, as transformers 5 writes them, `rope_parameters`.
 
-    Of families whose local layers have a base of their own, `rope_parameters` has an object for each type of layer.
+    Of families whose local layers have a base of their own, `rope_parameters` has an object for each type of layer, and
+    `rope_scaling` is that of the global ones.
     """
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     parameters = _object(config, key, where)
     where_key = f"{where}: {key}"
     local: Config = {}
-    if "local_rope_theta" in family.numbers.values() and {FULL, SLIDING} & set(parameters):
-        own = _object(parameters, SLIDING, where_key)
-        if own.get("rope_type", "default") != "default":
-            kind = own["rope_type"]
-            raise InputError(f"{where_key}.{SLIDING}: rope_type={kind!r} is not supported; supported: 'default'")
+    if "local_rope_theta" in family.numbers.values():
+        nested = bool({FULL, SLIDING} & set(parameters))
+        holder = key if nested else "rope_parameters"
+        by_type = _object(config, holder, where)
+        everywhere, own = (_object(by_type, kind, f"{where}: {holder}") for kind in (FULL, SLIDING))
+        if (kind := own.get("rope_type", own.get("type", "default"))) != "default":
+            raise InputError(f"{where}: {holder}.{SLIDING}: rope_type={kind!r} is not supported; supported: 'default'")
         if "rope_theta" in own:
-            local = {"local_rope_theta": _number(own, "rope_theta", f"{where_key}.{SLIDING}")}
-        where_key, parameters = f"{where_key}.{FULL}", _object(parameters, FULL, where_key)
+            local = {"local_rope_theta": _number(own, "rope_theta", f"{where}: {holder}.{SLIDING}")}
+        if nested:
+            where_key, parameters = f"{where_key}.{FULL}", everywhere
+        else:
+            parameters = {**everywhere, **parameters}
     theta = _number(parameters, "rope_theta", where_key, _number(config, "rope_theta", where, 10000.0))
     for holder in (config, parameters):
         if holder.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
             factor = holder["partial_rotary_factor"]
             raise InputError(f"{where}: partial_rotary_factor={factor!r} is not supported; allowed: 1.0")
+    return {"rope_theta": theta, "rope_scaling": _scaling(parameters, where_key), **local}
+
+
+def _scaling(parameters: Config, where: str) -> RopeScaling | LinearScaling | None:
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
-        return {"rope_theta": theta, **local}
+        return None
+    if kind == "linear":
+        return LinearScaling(factor=_number(parameters, "factor", where))
     if kind != "llama3":
-        hint = nearest(str(kind), ("default", "llama3"))
-        raise InputError(f"{where_key}: rope_type={kind!r} is not supported; supported: 'default', 'llama3'{hint}")
-    values = {ours: _number(parameters, theirs, where_key) for theirs, ours in LLAMA3_KEYS.items()}
+        supported = ("default", "linear", "llama3")
+        hint = nearest(str(kind), supported)
+        raise InputError(
+            f"{where}: rope_type={kind!r} is not supported; supported: {', '.join(map(repr, supported))}{hint}"
+        )
+    values = {ours: _number(parameters, theirs, where) for theirs, ours in LLAMA3_KEYS.items()}
     if values["high_freq_factor"] <= values["low_freq_factor"]:
-        raise InputError(f"{where_key}: high_freq_factor must be greater than low_freq_factor, found {values}")
-    scaling = RopeScaling(**{**values, "original_length": int(values["original_length"])})
-    return {"rope_theta": theta, "rope_scaling": scaling, **local}
+        raise InputError(f"{where}: high_freq_factor must be greater than low_freq_factor, found {values}")
+    return RopeScaling(**{**values, "original_length": int(values["original_length"])})
 
 
 def _object(config: Config, key: str, where: str) -> Config:
@@ -207,8 +221,9 @@ def _described(architecture: Architecture) -> Config:
     family, scaling = FAMILIES[architecture.family], architecture.rope_scaling
     rope: Config = {"rope_theta": architecture.rope_theta}
     if scaling is not None:
-        values = scaling.model_dump()
-        rope["rope_scaling"] = {"rope_type": "llama3", **{theirs: values[ours] for theirs, ours in LLAMA3_KEYS.items()}}
+        keys = LLAMA3_KEYS if scaling.kind == "llama3" else {"factor": "factor"}
+        values = {theirs: getattr(scaling, ours) for theirs, ours in keys.items()}
+        rope["rope_scaling"] = {"rope_type": scaling.kind, **values}
     return {
         "model_type": architecture.family,
         **{theirs: getattr(architecture, ours) for theirs, ours in SIZES.items()},

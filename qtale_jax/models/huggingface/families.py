@@ -160,6 +160,12 @@ def family_of(architecture: Architecture) -> Family:
             raise InputError(
                 f"a {family.name} checkpoint cannot hold a model with {name}={found!r}; allowed: {value!r}"
             )
+    own_base = "local_rope_theta" in family.numbers.values()
+    if own_base and architecture.rope_scaling and architecture.sliding_window and not architecture.local_rope_theta:
+        raise InputError(
+            f"a {family.name} checkpoint cannot hold a model with rope_scaling in its local layers too; allowed: a "
+            "local_rope_theta, whose layers are not scaled"
+        )
     return family
 
 

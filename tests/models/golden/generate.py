@@ -94,6 +94,13 @@ MODELS = {
         "rope_theta": 1000.0,
         "rope_local_base_freq": 50.0,
     },
+    # Wavelengths of 6 to 200 tokens, four times that with scaling.
+    "linear": {
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0},
+    },
 }
 STORED_AS = {"grouped": torch.float16, "tied": torch.bfloat16, "gemma3": torch.bfloat16}
 SHARDED = {"tied": "12KB"}

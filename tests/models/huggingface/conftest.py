@@ -19,7 +19,7 @@ from qtale_jax.models.huggingface import from_huggingface
 from qtale_jax.models.huggingface.config import architecture_from
 from qtale_jax.models.specification import ModelSpecification
 
-NAMES = ("llama2", "llama3_1", "grouped", "tied", "qwen2", "mistral", "qwen3", "gemma2", "gemma3")
+NAMES = ("llama2", "llama3_1", "grouped", "tied", "qwen2", "mistral", "qwen3", "gemma2", "gemma3", "linear")
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,9 @@ from qtale_jax.inference.generation import generate
 from qtale_jax.models.forward import forward
 from qtale_jax.models.huggingface import from_huggingface, to_huggingface
 from qtale_jax.models.policy import Dense
-from qtale_jax.models.specification import ModelSpecification, RopeScaling
+from qtale_jax.models.specification import LinearScaling, ModelSpecification, RopeScaling
 
-NAMES = ("llama2", "llama3_1", "grouped", "tied", "qwen2", "mistral", "qwen3", "gemma2", "gemma3")
+NAMES = ("llama2", "llama3_1", "grouped", "tied", "qwen2", "mistral", "qwen3", "gemma2", "gemma3", "linear")
 
 run = jax.jit(forward, static_argnames=("spec",))
 
@@ -49,8 +49,9 @@ def test_greedy_continuations_agree(converted, expected, name):
     np.testing.assert_array_equal(winners[:, start - 1 : start + count - 1], golden["greedy"])
 
 
-def test_the_golden_rope_scaling_matters(converted, expected):
-    model, golden = artifact.load_model(converted / "llama3_1"), expected["llama3_1"]
+@pytest.mark.parametrize("name", ["llama3_1", "linear"])
+def test_the_golden_rope_scaling_matters(converted, expected, name):
+    model, golden = artifact.load_model(converted / name), expected[name]
     unscaled = model.spec.architecture.model_copy(update={"rope_scaling": None})
     found = run(ModelSpecification(architecture=unscaled), model.params, jnp.asarray(golden["tokens"])).logits
     assert np.abs(np.asarray(found) - golden["logits"]).max() > 0.1
@@ -63,6 +64,7 @@ def test_shapes_of_the_golden_models(converted):
         factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=32
     )
     assert architectures["llama3_1"].rope_theta == 100.0
+    assert architectures["linear"].rope_scaling == LinearScaling(factor=4.0)
     assert (architectures["grouped"].num_kv_heads, architectures["grouped"].head_dim) == (1, 12)
     assert architectures["tied"].tied_head
     dtypes = {name: artifact.read_model_json(converted / name).spec.dtype for name in NAMES}

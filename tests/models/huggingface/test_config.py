@@ -1,13 +1,25 @@
 """config.json: what is read, what is refused, what is written."""
 
+import copy
 import json
 
 import pytest
+import transformers
 
 from qtale_jax.errors import InputError
 from qtale_jax.models.huggingface import read_huggingface
 from qtale_jax.models.huggingface.config import architecture_from, config_for
-from qtale_jax.models.specification import ModelSpecification, RopeScaling
+from qtale_jax.models.huggingface.families import FAMILIES, FULL, SLIDING
+from qtale_jax.models.specification import LinearScaling, ModelSpecification, RopeScaling
+
+SIZES = {
+    "vocab_size": 8,
+    "hidden_size": 12,
+    "intermediate_size": 4,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 
 
 @pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
@@ -28,6 +40,55 @@ def test_both_spellings_of_rope(golden, spelling, theta_inside):
     assert found.rope_scaling == RopeScaling(
         factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_linear_scaling_is_read_and_written(family, key):
+    config = {"model_type": family, **SIZES, "rope_scaling": {key: "linear", "factor": 4}, "rope_theta": 5e5}
+    found = architecture_from(config, "config.json")
+    assert (found.rope_theta, found.rope_scaling) == (5e5, LinearScaling(factor=4.0))
+    written = config_for(ModelSpecification(architecture=found), None, "float32", {})
+    assert written["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    assert architecture_from(written, "config.json") == found
+    theirs = transformers.AutoConfig.for_model(**written)
+    rope = theirs.rope_parameters
+    if family == "gemma3_text":
+        assert rope[SLIDING] == {"rope_type": "default", "rope_theta": 1e4}
+        rope = rope[FULL]
+    assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == ("linear", 4, 5e5)
+    assert architecture_from(theirs.to_dict(), "config.json") == found  # as transformers 5 writes it
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        {"rope_parameters": {FULL: {"rope_type": "linear", "factor": 8.0}, SLIDING: {"rope_type": "default"}}},
+        {"rope_parameters": {FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}, "rope_scaling": None},
+        {
+            "rope_parameters": {SLIDING: {"rope_theta": 70.0}, FULL: {"rope_theta": 9.0}},
+            "rope_scaling": {"type": "linear", "factor": 8.0},
+        },
+    ],
+    ids=["old", "new", "without the local one", "both"],
+)
+def test_gemma_3_scales_its_global_layers_alone(rope):
+    config = {"model_type": "gemma3_text", **SIZES, **rope}
+    found = architecture_from(config, "config.json")
+    theirs = transformers.AutoConfig.for_model(**copy.deepcopy(config)).rope_parameters
+    assert found.rope_scaling == LinearScaling(factor=theirs[FULL]["factor"])
+    assert (found.rope_theta, found.local_rope_theta) == tuple(theirs[kind]["rope_theta"] for kind in (FULL, SLIDING))
+    assert theirs[SLIDING]["rope_type"] == "default"
+
+
+def test_scaled_local_layers_are_not_written():
+    config = {"model_type": "gemma3_text", **SIZES, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    found = architecture_from(config, "config.json").model_copy(update={"local_rope_theta": None})
+    with pytest.raises(InputError, match="a Gemma 3 checkpoint cannot hold a model with rope_scaling in its local"):
+        config_for(ModelSpecification(architecture=found), None, "float32", {})
+    unscaled = found.model_copy(update={"rope_scaling": None})
+    assert config_for(ModelSpecification(architecture=unscaled), None, "float32", {})["rope_local_base_freq"] == 1e6
 
 
 def test_absent_keys_have_the_defaults_of_llama():
@@ -57,8 +118,14 @@ def test_absent_keys_have_the_defaults_of_llama():
             {"quantization_config": {"quant_method": "hqq"}},
             "quant_method='hqq' is not supported; supported: 'awq', 'gptq'",
         ),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling: rope_type='yarn' is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: rope_type='linear' is not supported"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            "rope_scaling: rope_type='yarn' is not supported; supported: 'default', 'linear', 'llama3'$",
+        ),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling: rope_type='dynamic' is not supported"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters: rope_type='longrope' is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling: factor=0; allowed: a positive number"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "rope_parameters: low_freq_factor is missing"),
         ({"rope_parameters": {"rope_theta": "x"}}, "rope_parameters: rope_theta='x'; allowed: a positive number"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported"),

@@ -25,7 +25,7 @@ from qtale_jax.models.specification import (
 
 pytestmark = pytest.mark.slow
 
-NAMES = ("llama2", "llama3_1", "grouped", "tied", "qwen2", "mistral", "qwen3", "gemma2", "gemma3")
+NAMES = ("llama2", "llama3_1", "grouped", "tied", "qwen2", "mistral", "qwen3", "gemma2", "gemma3", "linear")
 STORED = {"grouped": "float16", "tied": "bfloat16", "gemma3": "bfloat16"}
 TIED = ("tied", "qwen2", "gemma2", "gemma3")
 
