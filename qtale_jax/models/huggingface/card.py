@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from qtale_jax.models.describe import describe, theta_text
+from qtale_jax.models.huggingface.multimodal import LeftOut
 from qtale_jax.models.specification import ModelSpecification
 
 TAGS = ("qtale-jax", "dynamic-depth")
@@ -51,6 +52,7 @@ def origin(provenance: Mapping[str, Any]) -> dict[str, str]:
         "made of": parent.get("path"),
         "fingerprint of that": parent.get("fingerprint"),
         "original checkpoint": original.get("name"),
+        "left out of that": LeftOut(**original["left_out"]) if "left_out" in original else None,
         "seed": provenance.get("seed"),
         "steps": provenance.get("steps"),
     }

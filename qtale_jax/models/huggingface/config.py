@@ -14,6 +14,7 @@ from qtale_jax.models.huggingface.families import (
     family_of,
     named_family,
 )
+from qtale_jax.models.huggingface.multimodal import text_config
 from qtale_jax.models.huggingface.windows import described_windows, windows_of
 from qtale_jax.models.specification import Architecture, LinearScaling, ModelSpecification, RopeScaling
 
@@ -56,6 +57,8 @@ def read_json(file: Path) -> Config:
 def architecture_from(config: Config, where: str) -> Architecture:
     """The architecture that a config.json describes; absent keys have the defaults of its family.
 
+    Of a checkpoint that takes images too, that of its text model.
+
     Args:
         config: the parsed file.
         where: its name, for messages.
@@ -63,6 +66,7 @@ def architecture_from(config: Config, where: str) -> Architecture:
     Raises:
         InputError: of no supported family, or with parts that this library does not have.
     """
+    config, where = text_config(config, where)
     family = named_family(config, where)
     config = {**family.defaults, **config}
     _refuse_unsupported(config, family, where)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qtale_jax.errors import InputError, nearest
+from qtale_jax.models.huggingface.multimodal import TEXT_MODELS
 from qtale_jax.models.specification import Architecture
 
 
@@ -111,6 +112,8 @@ FAMILIES = {
         "Gemma3ForCausalLM",
         {
             **GEMMA_DEFAULTS,
+            "vocab_size": 262208,
+            "num_attention_heads": 8,
             "max_position_embeddings": 131072,
             "rope_theta": 1e6,
             "rope_local_base_freq": 1e4,
@@ -177,10 +180,9 @@ def named_family(config: dict[str, Any], where: str) -> Family:
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        supported = ", ".join(map(repr, FAMILIES))
-        longer = [
-            name for name in FAMILIES if name.startswith(str(kind))
-        ]  # "gemma3" has images, "gemma3_text" has none
-        hint = nearest(str(kind), longer or list(FAMILIES))
-        raise InputError(f"{where}: model_type={kind!r} is not supported; supported: {supported}{hint}")
+        names = (*FAMILIES, *TEXT_MODELS)
+        supported = ", ".join(map(repr, names))
+        raise InputError(
+            f"{where}: model_type={kind!r} is not supported; supported: {supported}{nearest(str(kind), names)}"
+        )
     return FAMILIES[kind]

@@ -1,7 +1,8 @@
 """Reading a Hugging Face checkpoint, tensor by tensor."""
 
+import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +19,7 @@ from qtale_jax.models.decoder import Parameters, abstract_parameters
 from qtale_jax.models.huggingface.config import architecture_from, read_json
 from qtale_jax.models.huggingface.families import family_of
 from qtale_jax.models.huggingface.files import StoredTensor, read_checkpoint, read_file
+from qtale_jax.models.huggingface.multimodal import text_config, text_tensors
 from qtale_jax.models.huggingface.names import Tensor, tensors
 from qtale_jax.models.huggingface.quantized import open_matrix, packed_linears, packing_from, specification_of
 from qtale_jax.models.specification import (
@@ -35,6 +37,8 @@ ROUTERS, ROUTING = "routers.safetensors", "qtale.json"
 
 Storage = Literal["float32", "bfloat16"]
 
+log = logging.getLogger(__name__)
+
 _STORAGE = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -46,7 +50,8 @@ class Checkpoint:
         spec: architecture, routing if the directory was exported from a routed model, storage type.
         params: one tree per layer; leaves are `artifact.Deferred`.
         tokenizer: the tokenizer in the directory, or None.
-        provenance: with the original config, so that nothing of it is lost on the way back.
+        provenance: with the original config, so that nothing of it is lost on the way back; of a checkpoint that takes
+            images too, with the config of its text model.
     """
 
     spec: ModelSpecification
@@ -86,7 +91,8 @@ def read_huggingface(source: str | Path, *, dtype: Storage | None = None) -> Che
     """Opens a checkpoint in Hugging Face layout: config.json, safetensors (one file or sharded), tokenizer.
 
     Linears that AutoAWQ or GPTQ packed in 4 bits keep their integers, scales and zero points; zero points that are all
-    in the middle are left out (symmetric), and inputs whose groups are scattered are sorted by group (permuted).
+    in the middle are left out (symmetric), and inputs whose groups are scattered are sorted by group (permuted). Of
+    checkpoints that take images too the text model is read; what is left out is logged and recorded.
 
     Args:
         source: the directory.
@@ -101,9 +107,11 @@ def read_huggingface(source: str | Path, *, dtype: Storage | None = None) -> Che
     if not source.is_dir():
         raise InputError(f"{source}: no such directory")
     where = str(source / "config.json")
-    config = read_json(source / "config.json")
-    architecture, packing = architecture_from(config, where), packing_from(config, where)
-    stored = _without_buffers(read_checkpoint(source))
+    whole = read_json(source / "config.json")
+    config, _ = text_config(whole, where)
+    architecture, packing = architecture_from(whole, where), packing_from(config, where)
+    stored, left_out = text_tensors(whole, read_checkpoint(source))
+    stored = _without_buffers(stored)
     if architecture.tied_head:
         _drop_tied_head(stored)
     wanted = tensors(architecture)
@@ -124,6 +132,9 @@ def read_huggingface(source: str | Path, *, dtype: Storage | None = None) -> Che
     flat |= _read_routers(source, spec)
     types = _source_types(floats, stored, flat)
     original = {"name": source.resolve().name, "config": config, **types, **_generation_config(source)}
+    if left_out is not None:
+        original["left_out"] = asdict(left_out)
+        log.warning("%s: %s are left out; the model takes text alone", source, left_out)
     provenance = {"stage": "convert", "huggingface": original}
     if exported:
         provenance["dequantized_from" if quantization is None else "packed_from"] = exported

@@ -101,8 +101,40 @@ MODELS = {
         "max_position_embeddings": 128,
         "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0},
     },
+    # The layout of Gemma 3 from 4B on: a text model beside a vision tower and a projector. Its global layer is scaled.
+    "gemma3_images": {
+        "model_type": "gemma3",
+        "text_config": {
+            **COMMON,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 10,
+            "max_position_embeddings": 128,
+            "sliding_window": 5,
+            "sliding_window_pattern": 2,
+            "rope_theta": 100.0,
+            "rope_local_base_freq": 50.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        },
+        "vision_config": {
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 8,
+            "patch_size": 4,
+            "vision_use_head": False,
+        },
+        "mm_tokens_per_image": 4,
+    },
 }
-STORED_AS = {"grouped": torch.float16, "tied": torch.bfloat16, "gemma3": torch.bfloat16}
+STORED_AS = {
+    "grouped": torch.float16,
+    "tied": torch.bfloat16,
+    "gemma3": torch.bfloat16,
+    "gemma3_images": torch.bfloat16,
+}
 SHARDED = {"tied": "12KB"}
 LENGTHS = {"llama3_1": 96}
 
@@ -110,7 +142,8 @@ LENGTHS = {"llama3_1": 96}
 def random_model(name: str, seed: int) -> PreTrainedModel:
     """Weights large enough that attention attends to something, norms that are not all ones, biases that matter."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(**{"model_type": "llama", **COMMON, **MODELS[name]})
+    shared = {} if "text_config" in MODELS[name] else {"model_type": "llama", **COMMON}
+    config = AutoConfig.for_model(**{**shared, **MODELS[name]})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for path, parameter in model.named_parameters():

@@ -19,7 +19,19 @@ from qtale_jax.models.huggingface import from_huggingface
 from qtale_jax.models.huggingface.config import architecture_from
 from qtale_jax.models.specification import ModelSpecification
 
-NAMES = ("llama2", "llama3_1", "grouped", "tied", "qwen2", "mistral", "qwen3", "gemma2", "gemma3", "linear")
+NAMES = (
+    "llama2",
+    "llama3_1",
+    "grouped",
+    "tied",
+    "qwen2",
+    "mistral",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "linear",
+    "gemma3_images",
+)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,19 @@ from qtale_jax.models.huggingface import from_huggingface, to_huggingface
 from qtale_jax.models.policy import Dense
 from qtale_jax.models.specification import LinearScaling, ModelSpecification, RopeScaling
 
-NAMES = ("llama2", "llama3_1", "grouped", "tied", "qwen2", "mistral", "qwen3", "gemma2", "gemma3", "linear")
+NAMES = (
+    "llama2",
+    "llama3_1",
+    "grouped",
+    "tied",
+    "qwen2",
+    "mistral",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "linear",
+    "gemma3_images",
+)
 
 run = jax.jit(forward, static_argnames=("spec",))
 
@@ -49,7 +61,7 @@ def test_greedy_continuations_agree(converted, expected, name):
     np.testing.assert_array_equal(winners[:, start - 1 : start + count - 1], golden["greedy"])
 
 
-@pytest.mark.parametrize("name", ["llama3_1", "linear"])
+@pytest.mark.parametrize("name", ["llama3_1", "linear", "gemma3_images"])
 def test_the_golden_rope_scaling_matters(converted, expected, name):
     model, golden = artifact.load_model(converted / name), expected[name]
     unscaled = model.spec.architecture.model_copy(update={"rope_scaling": None})
@@ -68,7 +80,7 @@ def test_shapes_of_the_golden_models(converted):
     assert (architectures["grouped"].num_kv_heads, architectures["grouped"].head_dim) == (1, 12)
     assert architectures["tied"].tied_head
     dtypes = {name: artifact.read_model_json(converted / name).spec.dtype for name in NAMES}
-    assert {name for name, dtype in dtypes.items() if dtype != "float32"} == {"tied", "gemma3"}
+    assert {name for name, dtype in dtypes.items() if dtype != "float32"} == {"tied", "gemma3", "gemma3_images"}
 
 
 @pytest.fixture(scope="session")

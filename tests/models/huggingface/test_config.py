@@ -107,8 +107,8 @@ def test_absent_keys_have_the_defaults_of_llama():
             r"model_type='lama' is not supported; .* \(did you mean 'llama'\?\)",
         ),
         (
-            {"model_type": "gemma3"},
-            r"supported: .*'gemma2', 'gemma3_text' \(did you mean 'gemma3_text'\?\)",
+            {"model_type": "gemma3n"},
+            r"supported: .*'gemma2', 'gemma3_text', 'gemma3' \(did you mean 'gemma3'\?\)",
         ),
         ({"model_type": ...}, "model_type=None is not supported"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
