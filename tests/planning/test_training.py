@@ -136,7 +136,12 @@ def planned(name: str, **fields) -> dict:
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("llama-2-7b", 6_738_415_616), ("llama-3.1-8b", 8_030_261_248), ("llama-3.2-3b", 3_212_749_824)],
+    [
+        ("llama-2-7b", 6_738_415_616),
+        ("llama-3.1-8b", 8_030_261_248),
+        ("llama-3.2-3b", 3_212_749_824),
+        ("gemma-3-4b", 3_880_263_168),
+    ],
 )
 def test_named_sizes_are_the_published_ones(name, parameters):
     assert sum(leaf.size for leaf in jax.tree.leaves(planned(name))) == parameters
