@@ -38,23 +38,27 @@ def run_stage(config: Config, *, quiet: bool = False) -> Path:
             console.print(line, highlight=False, markup=False, soft_wrap=isinstance(line, str))
 
     show([*document.tables(config, found), *document.sentences(config, found)])
-    compiled = _compile(config, subject, show)
+    compiled = _compile(config, found, show)
     target = output(config)
     write_text(target, json.dumps(document.document(config, found, compiled), indent=1) + "\n")
     return target
 
 
-def _compile(config: Config, subject: Any, show: Callable) -> dict[str, Any] | None:
-    """What the compiler says, or None and a line about why there is nothing."""
-    from qtale_jax.planning.document import compiled_table
+def _compile(config: Config, found: Any, show: Callable) -> dict[str, Any] | None:
+    """What the compiler says of the steps that were planned, or None and a line about why there is nothing."""
+    from qtale_jax.planning.compiled_tables import compared_table, compiled_table
 
+    subject = found.subject
     if reason := _not_compiled(config, subject.topology):
         show([f"these numbers are estimates from shapes; {reason}"])
         return None
+    from qtale_jax.planning.comparison import compared
     from qtale_jax.planning.compiled import compile_steps
+    from qtale_jax.planning.proposal import usable_bytes
 
-    compiled = compile_steps(config, subject, lambda line: print(line, file=sys.stderr, flush=True))
-    show([compiled_table(compiled, subject.topology)])
+    compiled = compile_steps(config, subject, found.smallest, lambda line: print(line, file=sys.stderr, flush=True))
+    compiled = compared(found, compiled, usable_bytes(config, subject.topology))
+    show([compiled_table(compiled, subject.topology), compared_table(compiled)])
     return compiled
 
 

@@ -26,8 +26,9 @@ class PlanConfig(Section):
     context: Positive | None = Field(
         default=None, description="inference: tokens of a row, prompt and new ones; default: data.length"
     )
-    compile: Many[Literal["train", "prefill", "decode"]] = Field(
+    compile: Many[Literal["train", "proposal", "prefill", "decode"]] = Field(
         default=("train", "prefill", "decode"),
-        description="steps that are also compiled for a TPU topology where libtpu is installed (extra `aot`)",
+        description="steps that are also compiled for a TPU topology where libtpu is installed (extra `aot`); "
+        "proposal: the training step on the smallest topology that is proposed",
     )
     output: str | None = Field(default=None, description="JSON file to write; default: OUTPUT/plan.json")

@@ -9,7 +9,6 @@ from qtale_jax.artifact import versions
 from qtale_jax.config.schema import Config
 from qtale_jax.models.describe import describe
 from qtale_jax.parallel.axes import AXES
-from qtale_jax.planning.devices import Topology
 from qtale_jax.planning.inference import InferenceEstimate
 from qtale_jax.planning.plan import Plan
 from qtale_jax.planning.proposal import Proposal, usable_bytes
@@ -128,22 +127,6 @@ def _inference_table(config: Config, estimates: list[InferenceEstimate], usable:
         for estimate in estimates
     ]
     return table(title, ("step", "weights", "KV cache", "activations", "all", "time, at least", "tokens/s"), rows)
-
-
-def compiled_table(compiled: dict[str, Any], topology: Topology) -> Table:
-    """What the compiler says, to print."""
-    rows = []
-    for name, told in compiled.items():
-        if "error" in told:
-            rows.append((name, "", "", "", told["error"], ""))
-            continue
-        sizes = told["bytes"]
-        sums = [f"{each['count']} {kind}, {bytes_text(each['bytes'])}" for kind, each in told["collectives"].items()]
-        parts = (bytes_text(sizes[part]) for part in ("argument", "temp", "generated_code"))
-        share = f"{bytes_text(sizes['total'])}, {sizes['total'] / topology.device.memory:.1%}"
-        rows.append((name, *parts, share, "\n".join(sums)))
-    columns = ("program", "arguments", "temporary", "code", "all", "collectives")
-    return table(f"compiled for {topology.name}, bytes of one device", columns, rows)
 
 
 def _seconds(value: float) -> str:

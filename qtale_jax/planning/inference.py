@@ -4,8 +4,10 @@ A layer keeps the tokens that executed it, in pages, and a decode step reads the
 layers are taken to decide independently, each routed layer with the share that makes the executed ratio.
 """
 
+import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +17,16 @@ from qtale_jax.artifact import weight_bytes
 from qtale_jax.config.schema import Config
 from qtale_jax.errors import InputError
 from qtale_jax.inference.growth import Growth
-from qtale_jax.inference.pages import PAGE
+from qtale_jax.inference.joining import empty_rows
+from qtale_jax.inference.pages import PAGE, empty_pages
+from qtale_jax.inference.policies import inference_policy
 from qtale_jax.inference.streaming import PREFILL_STEPS, ROOM, Options
 from qtale_jax.models.cost import flops_per_token, layer_flops
 from qtale_jax.models.decoder import abstract_parameters
 from qtale_jax.models.specification import LINEARS, ModelSpecification, QuantizationSpecification
 from qtale_jax.planning.devices import Topology
 from qtale_jax.planning.roofline import Estimate, roofline
+from qtale_jax.planning.tiles import padding
 from qtale_jax.quantization import groupwise
 from qtale_jax.quantization.formats import formats_of
 from qtale_jax.quantization.pipeline import quantizer_of
@@ -51,10 +56,17 @@ class InferenceEstimate(Estimate):
     Attributes:
         step: "prefill" or "decode".
         rows: that run at the same time.
+        left_out: bytes of weights that are there but that the program is not given: the head, in prefill.
     """
 
     step: str
     rows: int
+    left_out: int
+
+    @property
+    def arguments(self) -> int:
+        """As the compiler counts them."""
+        return super().arguments - self.left_out
 
 
 class InferencePlanner:
@@ -97,9 +109,7 @@ class InferencePlanner:
             moved=self._weights_read(rows) + self._keys_read(rows),
             integer_flops=rows * self._integer_flops(),
         )
-        memory = {"weights": self.weights["total"], "KV cache": self._pool(rows, self._pages(rows))}
-        memory["activations"] = self._workspace(rows, 1)
-        return InferenceEstimate(memory, work, rows, "decode", rows)
+        return InferenceEstimate(self._memory("decode", rows, 1), work, rows, "decode", rows, 0)
 
     def prefill(self, rows: int) -> InferenceEstimate:
         """A prompt that fills every row, in parts of the engine's width."""
@@ -112,13 +122,47 @@ class InferencePlanner:
             moved=turns * (self._weights_read(rows * self.width) + self._keys_read(rows) / 2),
             integer_flops=tokens * self._integer_flops(),
         )
-        memory = {"weights": self.weights["total"], "KV cache": self._pool(rows, self._prefill_pages(rows))}
-        memory["activations"] = self._workspace(rows, self.width)
-        return InferenceEstimate(memory, work, tokens, "prefill", rows)
+        left = {name: tree for name, tree in abstract_parameters(self.spec).items() if name in ("final_norm", "head")}
+        left_out = _bytes(left) + self._padding(left)
+        return InferenceEstimate(self._memory("prefill", rows, self.width), work, tokens, "prefill", rows, left_out)
 
     def pages(self, step: str, rows: int) -> int:
         """Size of the pool when a step is at its largest."""
         return self._pages(rows) if step == "decode" else self._prefill_pages(rows)
+
+    def arguments(self, step: str, rows: int) -> dict[str, Any]:
+        """What the engine gives to the program of a step, on shapes, when the pool is at its largest."""
+        architecture, options = self.spec.architecture, self.options
+        pages = self.pages(step, rows)
+        cache = functools.partial(
+            empty_pages, architecture, rows, self.slots, pages, options.stored_dtype, options.page
+        )
+        found = {
+            "weights": abstract_parameters(self.spec),
+            "KV cache": jax.eval_shape(cache),
+            "policy": jax.eval_shape(lambda: inference_policy(self.spec)),
+        }
+        integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+        if step == "decode":
+            return found | {"rows": jax.eval_shape(lambda: empty_rows(rows))}
+        last = jax.ShapeDtypeStruct((rows, architecture.hidden_size), options.compute_dtype)
+        tokens = {"tokens": integers((rows, self.width)), "start": integers(()), "last": last}
+        return found | {**tokens, "lengths": integers((rows,)), "rows": integers((rows,))}
+
+    def _memory(self, step: str, rows: int, width: int) -> dict[str, int]:
+        arguments = self.arguments(step, rows)
+        sizes = {name: _bytes(tree) for name, tree in arguments.items()}
+        found = {
+            "weights": sizes.pop("weights"),
+            "KV cache": sizes.pop("KV cache"),
+            "activations": self._workspace(rows, width),
+            "rows": sum(sizes.values()),
+            "padding": self._padding(arguments),
+        }
+        return {name: size for name, size in found.items() if size}
+
+    def _padding(self, arguments: Any) -> int:
+        return padding(jax.tree.leaves(arguments)) if self.topology.device.is_tpu else 0
 
     @property
     def slots(self) -> int:
@@ -138,10 +182,6 @@ class InferencePlanner:
         counts = np.asarray([[math.ceil(kept * before)] * rows for kept in self.kept], np.int32)
         used = int(np.sum(-(-counts // PAGE)))
         return growth.size(used + growth.missing(counts, np.full(rows, self.width, np.int32)), PREFILL_STEPS)
-
-    def _pool(self, rows: int, pages: int) -> int:
-        tables = 4 * self.spec.architecture.num_layers * rows * (self.slots // PAGE + 1) + 4 * pages
-        return pages * self._growth(rows).bytes_per_page + tables
 
     def _keys_read(self, rows: int) -> float:
         """Bytes of cached keys and values that a step reads: all that the layers keep which a row executes."""

@@ -55,6 +55,7 @@ class Plan:
         inference: prefill and decode for every batch size.
         here: what fits on the topology; None: nothing.
         smallest: the smallest topology of the same kind that takes the configured batch; None: none does.
+        there: a step on it, in its microbatches; None: there is none.
     """
 
     subject: Subject
@@ -62,6 +63,7 @@ class Plan:
     inference: list[InferenceEstimate]
     here: Proposal | None
     smallest: Proposal | None
+    there: TrainingEstimate | None
 
 
 def subject_of(config: Config) -> Subject:
@@ -84,10 +86,7 @@ def plan(config: Config, subject: Subject) -> Plan:
     training = TrainingPlanner(config, subject.spec)
     inference = InferencePlanner(config, subject.deployed, subject.topology)
     steps = [step(rows) for step in (inference.prefill, inference.decode) for rows in config.plan.batch_sizes]
-    return Plan(
-        subject,
-        training.estimate(subject.topology, subject.sizes),
-        steps,
-        propose(training, subject.topology),
-        smallest(training, subject.topology),
-    )
+    least = smallest(training, subject.topology)
+    there = None if least is None else training.estimate(topology(least.topology), least.mesh, least.microbatches)
+    here = propose(training, subject.topology)
+    return Plan(subject, training.estimate(subject.topology, subject.sizes), steps, here, least, there)

@@ -41,6 +41,10 @@ class Roofline:
         return {**asdict(self), "seconds": self.seconds, "bound": self.bound}
 
 
+TEMPORARY = ("gradients", "activations", "gathered weights")
+"""What a program makes for itself; all else that it needs it is given."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What one step takes.
@@ -59,6 +63,16 @@ class Estimate:
     def total(self) -> int:
         """Bytes per device."""
         return sum(self.memory.values())
+
+    @property
+    def arguments(self) -> int:
+        """Bytes per device of what the step is given."""
+        return self.total - self.temporary
+
+    @property
+    def temporary(self) -> int:
+        """Bytes per device of what it makes and does not return."""
+        return sum(self.memory.get(name, 0) for name in TEMPORARY)
 
     @property
     def tokens_per_second(self) -> float:

@@ -13,12 +13,17 @@ from qtale_jax.training.start import Start, state_shardings
 from qtale_jax.training.step import initial_state
 
 
-def device_bytes(arrays: Any, shardings: Any) -> int:
-    """Bytes that the first device holds of a tree of (abstract) arrays."""
+def device_shards(arrays: Any, shardings: Any) -> list[jax.ShapeDtypeStruct]:
+    """What the first device holds of a tree of (abstract) arrays."""
     shards = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(where.shard_shape(leaf.shape), leaf.dtype), arrays, shardings
     )
-    return sum(map(array_bytes, jax.tree.leaves(shards)))
+    return jax.tree.leaves(shards)
+
+
+def device_bytes(arrays: Any, shardings: Any) -> int:
+    """Bytes that the first device holds of a tree of (abstract) arrays."""
+    return sum(map(array_bytes, device_shards(arrays, shardings)))
 
 
 def trained_part(config: Config) -> str:
@@ -26,21 +31,27 @@ def trained_part(config: Config) -> str:
     return {"adapters": "adapters and routers", "routers": "routers", "all": "parameters"}[config.train.parameters]
 
 
-def state_bytes(config: Config, start: Start, mesh: Mesh | AbstractMesh) -> dict[str, int]:
-    """Bytes per device of what lives through the whole run: parameters, optimizer, the teacher's copies."""
+def state_shards(config: Config, start: Start, mesh: Mesh | AbstractMesh) -> dict[str, list[jax.ShapeDtypeStruct]]:
+    """What each device holds through the whole run: parameters, optimizer, the teacher's copies."""
     optimizer = build_optimizer(config.train.optimizer, 1)
     state = jax.eval_shape(functools.partial(initial_state, optimizer=optimizer), start.trainable)
     placed = state_shardings(start, optimizer, mesh)
-    trainable = device_bytes(start.trainable, placed.trainable)
     found = {
-        "frozen parameters": device_bytes(start.frozen, _placed(start, start.frozen)),
-        trained_part(config): trainable,
-        "optimizer": device_bytes(state, placed) - trainable,
+        "frozen parameters": device_shards(start.frozen, _placed(start, start.frozen)),
+        trained_part(config): device_shards(start.trainable, placed.trainable),
+        "optimizer": device_shards(
+            (state.step, state.bad_step, state.optimizer), (placed.step, placed.bad_step, placed.optimizer)
+        ),
     }
     if config.train.distillation.active:
         copied = {path: leaf for path, leaf in start.trainable.items() if "/lora/" not in path}
-        found["teacher"] = device_bytes(copied, _placed(start, copied))
+        found["teacher"] = device_shards(copied, _placed(start, copied))
     return found
+
+
+def state_bytes(config: Config, start: Start, mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """Bytes per device of `state_shards`."""
+    return {name: sum(map(array_bytes, leaves)) for name, leaves in state_shards(config, start, mesh).items()}
 
 
 def _placed(start: Start, leaves: Flat) -> Flat:

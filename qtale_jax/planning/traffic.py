@@ -18,12 +18,14 @@ class Traffic:
 
     Attributes:
         gathered: weights of the largest part that is put together at once: a layer, the embedding or the head.
+        pieces: the largest array that is put together in a layer, in the embedding and in the head.
         weights: sent to put all weights together once.
         gradients: sent to add up the gradients once.
         per_row: sent between the devices of a tensor-parallel group for one row.
     """
 
     gathered: int
+    pieces: dict[str, int]
     weights: float
     gradients: float
     per_row: float
@@ -34,6 +36,7 @@ def traffic(config: Config, start: Start, sizes: Sizes) -> Traffic:
     data, fsdp, tensor = sizes
     whole = prepare_abstract(config, start.spec, abstract_mesh((1, 1, tensor))).shardings
     gathered: dict[str, int] = {}
+    pieces: dict[str, int] = {}
     weights = gradients = 0.0
     for path, leaf in (start.frozen | start.trainable).items():
         full = device_bytes(leaf, whole[path])
@@ -41,6 +44,9 @@ def traffic(config: Config, start: Start, sizes: Sizes) -> Traffic:
         weights += missing
         part, layers = _part(path, leaf)
         gathered[part] = gathered.get(part, 0) + (full // layers if missing else 0)
+        if missing:
+            name = part.split("/")[0].replace("layers", "layer")
+            pieces[name] = max(pieces.get(name, 0), full // layers)
         if path in start.trainable:
             replicas = data if missing else data * fsdp
             gradients += missing + 2 * (replicas - 1) / replicas * (full - missing)
@@ -49,7 +55,7 @@ def traffic(config: Config, start: Start, sizes: Sizes) -> Traffic:
     # first two again where they are computed again. The embedding's and the head's are one each. All are float32.
     sums = shape.num_layers * (6 if config.train.remat == "full" else 4) + 2
     per_row = sums * 2 * (tensor - 1) / tensor * 4.0 * config.data.length * shape.hidden_size
-    return Traffic(max(gathered.values()), weights, gradients, per_row)
+    return Traffic(max(gathered.values()), pieces, weights, gradients, per_row)
 
 
 def _part(path: str, leaf: Any) -> tuple[str, int]:

@@ -6,10 +6,11 @@ from qtale_jax.config.schema import Config
 from qtale_jax.models.cost import training_flops_per_token
 from qtale_jax.models.specification import ModelSpecification
 from qtale_jax.parallel.mesh import abstract_mesh
-from qtale_jax.planning.devices import Topology
+from qtale_jax.planning.devices import Topology, topology
 from qtale_jax.planning.roofline import Estimate, roofline
-from qtale_jax.planning.state import state_bytes, trained_part
+from qtale_jax.planning.state import state_shards, trained_part
 from qtale_jax.planning.step import Activations, StepShapes, batch_shapes
+from qtale_jax.planning.tiles import padding
 from qtale_jax.planning.traffic import Sizes, Traffic, traffic
 from qtale_jax.quantization.storage import array_bytes
 from qtale_jax.training.start import prepare_abstract
@@ -23,11 +24,21 @@ class TrainingEstimate(Estimate):
         rows: of a microbatch, per device.
         microbatches: parts of a step.
         model_flops: of a step on all devices, without what is computed again or twice (three forward passes).
+        repeated: bytes of parameters that the program is given twice, the second time as the teacher's; they are there
+            once, but the compiler does not know that.
+        pieces: bytes of the largest array that fsdp puts together in a layer, in the embedding and in the head.
     """
 
     rows: int
     microbatches: int
     model_flops: float
+    repeated: int
+    pieces: dict[str, int]
+
+    @property
+    def arguments(self) -> int:
+        """As the compiler counts them."""
+        return super().arguments + self.repeated
 
 
 class TrainingPlanner:
@@ -37,45 +48,53 @@ class TrainingPlanner:
         """Takes the configuration and the model with its routers and adapters."""
         self.config, self.spec = config, spec
         self._steps: dict[int, tuple[StepShapes, Activations]] = {}
-        self._states: dict[Sizes, tuple[dict[str, int], Traffic]] = {}
+        self._tiled = topology(config.plan.topology).device.is_tpu
+        self._states: dict[Sizes, tuple[dict[str, int], int, Traffic]] = {}
 
     def memory(self, sizes: Sizes, rows: int, microbatches: int) -> dict[str, int]:
         """Bytes per device for `rows` of a microbatch on each."""
-        state, sends = self._state(sizes)
-        batch = sum(map(array_bytes, batch_shapes(rows, self.config.data.length).values()))
+        state, padded, sends = self._state(sizes)
+        batch = batch_shapes(microbatches * rows, self.config.data.length).values()
         found = {
             **state,
             # A microbatch's gradients stand beside the sum of those before it.
             "gradients": state[trained_part(self.config)] * (1 if microbatches == 1 else 2),
             "activations": self._shapes(sizes[2])[1].bytes(rows),
             "gathered weights": sends.gathered,
-            "batch": microbatches * batch,
+            "batch": sum(map(array_bytes, batch)),
+            "padding": padded + padding(batch) if self._tiled else 0,
         }
         return {name: size for name, size in found.items() if size}
 
-    def estimate(self, topology: Topology, sizes: Sizes) -> TrainingEstimate:
-        """The step as it is configured, whose rows the mesh divides."""
+    def estimate(self, topology: Topology, sizes: Sizes, microbatches: int | None = None) -> TrainingEstimate:
+        """The step as it is configured, or in another number of microbatches, whose rows the mesh divides."""
         train, length = self.config.train, self.config.data.length
-        rows = train.batch_size // train.microbatches // (sizes[0] * sizes[1])
-        memory, sends = self.memory(sizes, rows, train.microbatches), self._state(sizes)[1]
-        step = self._shapes(sizes[2])[0].products(rows).times(train.microbatches)
+        parts = train.microbatches if microbatches is None else microbatches
+        rows = train.batch_size // parts // (sizes[0] * sizes[1])
+        memory, sends = self.memory(sizes, rows, parts), self._state(sizes)[2]
+        step = self._shapes(sizes[2])[0].products(rows).times(parts)
         # Forward and backward pass each put the weights together; the update reads and writes what trains.
         update = 2 * (memory[trained_part(self.config)] + memory["optimizer"]) + memory["gradients"]
         work = roofline(
             topology,
             flops=step.flops,
-            moved=step.bytes + update + train.microbatches * 2 * sends.weights,
-            sent=train.microbatches * (2 * sends.weights + sends.gradients + rows * sends.per_row),
+            moved=step.bytes + update + parts * 2 * sends.weights,
+            sent=parts * (2 * sends.weights + sends.gradients + rows * sends.per_row),
         )
         tokens = train.batch_size * length
         model_flops = tokens * training_flops_per_token(self.spec, length)
-        return TrainingEstimate(memory, work, tokens, rows, train.microbatches, model_flops)
+        repeated = memory["frozen parameters"] if train.distillation.active else 0
+        return TrainingEstimate(memory, work, tokens, rows, parts, model_flops, repeated, sends.pieces)
 
-    def _state(self, sizes: Sizes) -> tuple[dict[str, int], Traffic]:
+    def _state(self, sizes: Sizes) -> tuple[dict[str, int], int, Traffic]:
+        """Bytes of what lives through the run, what tiles add to them, and what the mesh makes devices send."""
         if sizes not in self._states:
             mesh = abstract_mesh(sizes)
             start = prepare_abstract(self.config, self.spec, mesh)
-            self._states[sizes] = state_bytes(self.config, start, mesh), traffic(self.config, start, sizes)
+            held = state_shards(self.config, start, mesh)
+            padded = padding(leaf for leaves in held.values() for leaf in leaves)
+            state = {name: sum(map(array_bytes, leaves)) for name, leaves in held.items()}
+            self._states[sizes] = state, padded, traffic(self.config, start, sizes)
         return self._states[sizes]
 
     def _shapes(self, tensor: int) -> tuple[StepShapes, Activations]:

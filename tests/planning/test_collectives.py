@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec
 
 from qtale_jax.config.schema import MeshConfig
 from qtale_jax.parallel.mesh import build_mesh, sharding
-from qtale_jax.planning.collectives import collectives
+from qtale_jax.planning.collectives import collectives, gathered
 
 
 @pytest.fixture
@@ -67,3 +67,51 @@ ENTRY %main (p: s4[8,2]) -> s4[32,2] {
         "all-reduce": {"count": 1, "bytes": 16 + 12},
         "reduce-scatter": {"count": 1, "bytes": 8},
     }
+    assert gathered(hlo) == [{"array": "s4[32,2]", "bytes": 32, "count": 1}]
+
+
+def test_parts_of_one_channel_count_once_and_conditions_say_how_often():
+    """A compiler for TPUs starts a collective in one fusion and ends it in another, and does not note trip counts."""
+    hlo = """HloModule m
+
+%start (a: f32[1,4]) -> f32[1,8] {
+  %a = f32[1,4]{1,0} parameter(0)
+  ROOT %g = f32[1,8]{1,0:T(1,128)} all-gather(%a), channel_id=7, dimensions={1}
+}
+
+%finish (a: f32[1,4]) -> f32[1,8] {
+  %a.1 = f32[1,4]{1,0} parameter(0)
+  ROOT %g.1 = f32[1,8]{1,0:T(1,128)S(1)} all-gather(%a.1), channel_id=7, dimensions={1}
+}
+
+%condition (p: (s32[], f32[3,4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(3)
+  %p = (s32[]{:T(128)}, f32[3,4]{1,0}) parameter(0)
+  %counter = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%counter, %limit), direction=LT
+}
+
+%until (p: (s32[], f32[3,4])) -> pred[] {
+  %p.2 = (s32[]{:T(128)}, f32[3,4]{1,0}) parameter(0)
+  ROOT %less = pred[]{:T(512)} compare(%x, %y), direction=LT
+}
+
+%body (p: (s32[], f32[3,4])) -> (s32[], f32[3,4]) {
+  %f = f32[1,8]{1,0} fusion(%x), kind=kCustom, calls=%start
+  %h = f32[1,8]{1,0} fusion(%f), kind=kCustom, calls=%finish
+  ROOT %t = (s32[]{:T(128)}, f32[3,4]{1,0}) tuple(%i, %y)
+}
+
+ENTRY %main (p: f32[3,4]) -> f32[3,4] {
+  %w = (s32[]{:T(128)}, f32[3,4]{1,0}) while(%t0), condition=%condition, body=%body
+  %v = (s32[]{:T(128)}, f32[3,4]{1,0}) while(%w), condition=%until, body=%other
+  %k = (f32[64]{0}, f32[2,8]{1,0}) all-gather(%u, %v), channel_id=9, dimensions={0}
+  ROOT %d = f32[3,4]{1,0} get-tuple-element(%v), index=1
+}
+"""
+    assert collectives(hlo) == {"all-gather": {"count": 3 + 1, "bytes": 3 * 32 + 256 + 64}}
+    assert gathered(hlo) == [
+        {"array": "f32[64]", "bytes": 256, "count": 1},
+        {"array": "f32[2,8]", "bytes": 64, "count": 1},
+        {"array": "f32[1,8]", "bytes": 32, "count": 3},
+    ]
