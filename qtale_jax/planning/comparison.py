@@ -18,10 +18,10 @@ def name_of(step: str, rows: int) -> str:
 def compared(plan: Plan, compiled: dict[str, Any], usable: float) -> dict[str, Any]:
     """What the compiler says of each program, with what was planned for it.
 
-    Adds `fits` and, for `arguments` and `temporary` arrays, bytes `planned` and `compiled` and their `difference`, as a
-    share of what is compiled; positive: more was planned. Training also has `pieces`, the largest array that fsdp puts
-    together in a layer, in the embedding and in the head, beside which its largest all-gathers can be held. Programs
-    that were refused have none of it.
+    Adds `fits` and, for `arguments`, `temporary` arrays and both together at their `peak`, bytes `planned` and
+    `compiled` and their `difference`, as a share of what is compiled; positive: more was planned. Training also has
+    `pieces`, the largest array that fsdp puts together in a layer, in the embedding and in the head, beside which its
+    largest all-gathers can be held. Programs that were refused have none of it.
 
     Args:
         plan: the estimates.
@@ -40,7 +40,11 @@ def compared(plan: Plan, compiled: dict[str, Any], usable: float) -> dict[str, A
 
 def _against(estimate: Estimate, told: dict[str, Any], usable: float) -> dict[str, Any]:
     sizes, repeated = told["bytes"], 0
-    pairs = {"arguments": (estimate.arguments, sizes["argument"]), "temporary": (estimate.temporary, sizes["temp"])}
+    pairs = {
+        "arguments": (estimate.arguments, sizes["argument"]),
+        "temporary": (estimate.temporary, sizes["temp"]),
+        "peak": (estimate.arguments + estimate.temporary, told["peak bytes"]),
+    }
     found: dict[str, Any] = {
         name: {"planned": mine, "compiled": theirs, "difference": (mine - theirs) / theirs if theirs else None}
         for name, (mine, theirs) in pairs.items()

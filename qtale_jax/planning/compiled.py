@@ -78,12 +78,14 @@ def compile_steps(
 def facts(program: jax.stages.Compiled) -> dict[str, Any]:
     """Bytes of memory, cost analysis and collectives of a compiled program, per device."""
     memory = program.memory_analysis()
+    assert memory is not None, "compilers for TPUs analyse it"
     names = ("argument", "output", "alias", "temp", "generated_code")
     sizes = {name: int(getattr(memory, f"{name}_size_in_bytes")) for name in names}
     total = sum(sizes.values()) - 2 * sizes["alias"]
     cost, text = program.cost_analysis() or {}, program.as_text() or ""
     return {
         "bytes": {**sizes, "total": total},
+        "peak bytes": int(memory.peak_memory_in_bytes),
         "cost, loops counted once": {name: float(cost[name]) for name in ("flops", "bytes accessed") if name in cost},
         "collectives": collectives(text),
         "largest all-gathers": gathered(text)[:LARGEST],

@@ -32,7 +32,7 @@ def compared_table(compiled: dict[str, Any]) -> Table:
     for name, told in compiled.items():
         if "error" in told:
             continue
-        for part in ("arguments", "temporary"):
+        for part in ("arguments", "temporary", "peak"):
             each = told[part]
             difference = "" if each["difference"] is None else f"{each['difference']:+.1%}"
             rows.append((name, part, bytes_text(each["planned"]), bytes_text(each["compiled"]), difference))

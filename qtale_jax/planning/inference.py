@@ -210,14 +210,28 @@ class InferencePlanner:
             return 0.0
         return sum(self.shares) * layer_flops(self.spec, 0.0)
 
+    @property
+    def _widens(self) -> bool:
+        """Whether few rows are multiplied by integers of 16 bits, without their zero points.
+
+        The compiler for TPUs writes these to memory: those of an MLP, which it works on at the same time. The kernels
+        do not, other compilers neither.
+        """
+        quantization, kernels = self.spec.quantization, self.spec.kernels
+        if quantization is None or quantization.main_format.symmetric or quantization.main_format.activation_bits == 8:
+            return False
+        return self.topology.device.is_tpu and kernels != "pallas"
+
     def _workspace(self, rows: int, width: int) -> int:
         """What a layer needs besides: a matrix restored for many rows, scores, the MLP's width, what is to be kept."""
         shape, size = self.spec.architecture, jnp.dtype(self.options.compute_dtype).itemsize
         tokens = rows * width
         keys = 2 * shape.num_kv_heads * shape.head_dim
-        restored = 0
+        restored, numbers = 0, {name: math.prod(shape.linear_shape(name)) for name in LINEARS}
         if self.spec.quantization is not None and tokens > groupwise.FEW_ROWS:
-            restored = max(math.prod(shape.linear_shape(name)) for name in LINEARS) * size
+            restored = max(numbers.values()) * size
+        elif self._widens:
+            restored = sum(numbers[name] for name in ("gate", "up", "down")) * 2
         scores = 2 * 4 * tokens * shape.num_heads * width
         hidden = tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size) * max(size, 4)
         fresh = shape.num_layers * tokens * keys * size

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
+
 from qtale_jax.config.schema import Config
 from qtale_jax.models.cost import training_flops_per_token
 from qtale_jax.models.specification import ModelSpecification
@@ -14,6 +17,9 @@ from qtale_jax.planning.tiles import padding
 from qtale_jax.planning.traffic import Sizes, Traffic, traffic
 from qtale_jax.quantization.storage import array_bytes
 from qtale_jax.training.start import prepare_abstract
+
+KEY = jax.ShapeDtypeStruct((2,), jnp.uint32)
+"""The root key of a run, which every step is given."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class TrainingPlanner:
     def memory(self, sizes: Sizes, rows: int, microbatches: int) -> dict[str, int]:
         """Bytes per device for `rows` of a microbatch on each."""
         state, padded, sends = self._state(sizes)
-        batch = batch_shapes(microbatches * rows, self.config.data.length).values()
+        batch = [*batch_shapes(microbatches * rows, self.config.data.length).values(), KEY]
         found = {
             **state,
             # A microbatch's gradients stand beside the sum of those before it.
