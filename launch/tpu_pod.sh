@@ -45,7 +45,7 @@ install() {
     if [[ -n "$SHARE" ]]; then
         on_all_hosts "sudo apt-get install -y -q nfs-common && sudo mkdir -p /mnt/share && sudo mount $SHARE /mnt/share"
     fi
-    on_all_hosts 'set -e; mkdir -p qtale && tar -xzf qtale.tar.gz -C qtale && cd qtale
+    on_all_hosts 'set -eo pipefail; mkdir -p qtale && tar -xzf qtale.tar.gz -C qtale && cd qtale
         curl -LsSf https://astral.sh/uv/install.sh | sh
         ~/.local/bin/uv venv --clear --python 3.12
         ~/.local/bin/uv pip install --constraint constraints.txt --editable ".[tpu]"'
