@@ -40,11 +40,15 @@ def programs(tmp_path) -> Callable[..., Path]:
 
 @pytest.fixture
 def environment(tmp_path, programs, process_environment) -> Callable[..., dict[str, str]]:
-    """The environment of a process on two devices that finds the stand-ins; keywords are more variables."""
+    """The environment of a process on two devices that finds the stand-ins; keywords are more variables.
+
+    What tells the scripts of this very test run which environment is theirs (`QTALE_*`) is left out.
+    """
 
     def build(**variables: str) -> dict[str, str]:
         path = {"PATH": f"{programs()}{os.pathsep}{os.environ['PATH']}", "RECORD": str(tmp_path / "record")}
-        return process_environment(devices=2) | path | variables
+        own = {name: value for name, value in process_environment(devices=2).items() if not name.startswith("QTALE_")}
+        return own | path | variables
 
     return build
 
