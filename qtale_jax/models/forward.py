@@ -216,6 +216,39 @@ def run_layers(
     return hidden, Routing(logits, execute), joined(2), kept
 
 
+def run_trunk(
+    spec: ModelSpecification,
+    params: Parameters,
+    tokens: Int[Array, "b t"],
+    *,
+    segment_ids: Int[Array, "b t"],
+    policy: Policy | None = None,
+    compute_dtype: jnp.dtype = jnp.float32,
+    remat: Remat = "none",
+    dropout_key: PRNGKeyArray | None = None,
+    layer_transform: Callable[[Parameters, Array | int], Parameters] | None = None,
+) -> tuple[Float[Array, "b t d"], Routing, Float[Array, "b t r"] | None]:
+    """Everything before the final norm and the head; arguments as in `forward`.
+
+    Returns:
+        Residual stream after the last layer, routing, gates (None unless the policy samples).
+    """
+    context, initial = context_of(spec, tokens, segment_ids)
+    hidden = embed(spec, params, tokens, jnp.dtype(compute_dtype))
+    return run_layers(
+        spec,
+        params,
+        hidden,
+        context,
+        initial,
+        policy or Dense(),
+        None,
+        dropout_key,
+        remat,
+        layer_transform,
+    )[:3]
+
+
 def forward(
     spec: ModelSpecification,
     params: Parameters,
@@ -255,18 +288,15 @@ def forward(
         index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
         limit = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32) if lengths is None else lengths
         segment_ids = (index < limit[:, None]).astype(jnp.int32)
-    context, initial = context_of(spec, tokens, segment_ids)
-    hidden = embed(spec, params, tokens, jnp.dtype(compute_dtype))
-    hidden, routing, gates, _ = run_layers(
+    hidden, routing, gates = run_trunk(
         spec,
         params,
-        hidden,
-        context,
-        initial,
-        policy or Dense(),
-        None,
-        dropout_key,
-        remat,
-        layer_transform,
+        tokens,
+        segment_ids=segment_ids,
+        policy=policy,
+        compute_dtype=compute_dtype,
+        remat=remat,
+        dropout_key=dropout_key,
+        layer_transform=layer_transform,
     )
     return Output(unembed(spec, params, hidden), routing, gates, hidden)

@@ -3,6 +3,8 @@
 Models name axes by meaning ("embed", "heads"); only this table names mesh axes. Nothing here knows about models.
 """
 
+import math
+
 import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
@@ -46,3 +48,9 @@ def constrain(x: Array, *names: str | None) -> Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(names))
+
+
+def shards(name: str) -> int:
+    """Devices that the active mesh (`jax.set_mesh`) divides an axis of this logical name among; 1 without a mesh."""
+    mesh, axes = jax.sharding.get_abstract_mesh(), RULES[name] or ()
+    return math.prod(mesh.shape.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes))

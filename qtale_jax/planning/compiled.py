@@ -63,7 +63,7 @@ def compile_steps(
                 jobs[name_of(step, rows)] = functools.partial(lower, planner, rows, devices[:1])
     found = {}
     for name, lower in jobs.items():
-        say(f"compiling {name} for {subject.topology.name}")
+        say(f"compiling {name} for {proposal.topology if name == PROPOSAL and proposal else subject.topology.name}")
         start = time.perf_counter()
         try:
             told = facts(lower().compile())

@@ -51,7 +51,12 @@ def state_shards(config: Config, start: Start, mesh: Mesh | AbstractMesh) -> dic
 
 def state_bytes(config: Config, start: Start, mesh: Mesh | AbstractMesh) -> dict[str, int]:
     """Bytes per device of `state_shards`."""
-    return {name: sum(map(array_bytes, leaves)) for name, leaves in state_shards(config, start, mesh).items()}
+    return total_bytes(state_shards(config, start, mesh))
+
+
+def total_bytes(held: dict[str, list[jax.ShapeDtypeStruct]]) -> dict[str, int]:
+    """Bytes of lists of arrays, by name."""
+    return {name: sum(map(array_bytes, leaves)) for name, leaves in held.items()}
 
 
 def _placed(start: Start, leaves: Flat) -> Flat:

@@ -13,6 +13,7 @@ from qtale_jax.models.specification import ModelSpecification
 from qtale_jax.parallel.mesh import abstract_mesh
 from qtale_jax.planning.program import Products, kept_bytes, products
 from qtale_jax.planning.subject import local_architecture
+from qtale_jax.training import head
 from qtale_jax.training.optimizer import Flat, build_optimizer
 from qtale_jax.training.start import Start, prepare_abstract
 from qtale_jax.training.step import TrainStep
@@ -24,15 +25,18 @@ class Activations:
 
     Attributes:
         kept: (of no rows, of each row) what the forward pass keeps.
-        working: likewise, what is there besides while the backward pass works on its largest part.
+        head: likewise, what the head works with besides.
+        layer: likewise, what the backward pass of a layer works with besides.
     """
 
     kept: tuple[float, float]
-    working: tuple[float, float]
+    head: tuple[float, float]
+    layer: tuple[float, float]
 
     def bytes(self, rows: int) -> int:
-        """Kept and working together."""
-        return math.ceil(sum(base + rows * slope for base, slope in (self.kept, self.working)))
+        """What is kept, and the larger of what works beside it."""
+        kept, *working = (base + rows * slope for base, slope in (self.kept, self.head, self.layer))
+        return math.ceil(kept + max(working))
 
 
 class StepShapes:
@@ -51,17 +55,21 @@ class StepShapes:
     def activations(self) -> Activations:
         """Bytes by rows.
 
-        The backward pass peaks either at the head, where the gradient of the logits stands beside all that is kept, or
-        inside a layer that is computed again, where everything that the policy did not keep is there for one layer.
+        The step peaks either at the head, where the gradient of the logits (or a block of both) stands beside all that
+        is kept, or inside a layer that is computed again, where everything that the policy did not keep is there for
+        one layer.
         """
         kept = self._line(self._config, self.spec)
-        logits = 4.0 * self._config.data.length * self.spec.architecture.vocab_size
+        length, vocabulary = self._config.data.length, self.spec.architecture.vocab_size
+        logits = (0.0, 4.0 * length * vocabulary)
+        if head.in_blocks(length, vocabulary, self._config.train.parameters == "all"):
+            logits = (2 * 4.0 * head.BLOCK_TOKENS * vocabulary, 0.0)
         again = (0.0, 0.0)
         if self._config.train.remat != "none":
             everything = with_overrides(self._config, {"train": {"remat": "none"}})
             whole, part = self._layer(everything), self._layer(self._config)
             again = (whole[0] - part[0], whole[1] - part[1])
-        return Activations(kept, max((0.0, logits), again, key=lambda line: line[0] + line[1]))
+        return Activations(kept, logits, again)
 
     def _layer(self, config: Config) -> tuple[float, float]:
         """What one more layer of the last kind keeps: the difference of two short models."""

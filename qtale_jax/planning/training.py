@@ -11,7 +11,7 @@ from qtale_jax.models.specification import ModelSpecification
 from qtale_jax.parallel.mesh import abstract_mesh
 from qtale_jax.planning.devices import Topology, topology
 from qtale_jax.planning.roofline import Estimate, roofline
-from qtale_jax.planning.state import state_shards, trained_part
+from qtale_jax.planning.state import state_shards, total_bytes, trained_part
 from qtale_jax.planning.step import Activations, StepShapes, batch_shapes
 from qtale_jax.planning.tiles import padding
 from qtale_jax.planning.traffic import Sizes, Traffic, traffic
@@ -99,8 +99,7 @@ class TrainingPlanner:
             start = prepare_abstract(self.config, self.spec, mesh)
             held = state_shards(self.config, start, mesh)
             padded = padding(leaf for leaves in held.values() for leaf in leaves)
-            state = {name: sum(map(array_bytes, leaves)) for name, leaves in held.items()}
-            self._states[sizes] = state, padded, traffic(self.config, start, sizes)
+            self._states[sizes] = total_bytes(held), padded, traffic(self.config, start, sizes)
         return self._states[sizes]
 
     def _shapes(self, tensor: int) -> tuple[StepShapes, Activations]:

@@ -15,14 +15,14 @@ from qtale_jax.config.schema import Config
 from qtale_jax.data.pipeline import Pipeline, build_pipeline, from_rows, load_rows
 from qtale_jax.errors import InputError
 from qtale_jax.models.cost import peak_flops, training_flops_per_token
-from qtale_jax.models.forward import forward
+from qtale_jax.models.forward import run_trunk
 from qtale_jax.models.lora import merge_lora
 from qtale_jax.models.policy import Dense, Thresholded
 from qtale_jax.models.stacking import unstack_layers
 from qtale_jax.parallel.axes import partition_spec
 from qtale_jax.parallel.mesh import build_mesh, replicated, rows_held
 from qtale_jax.parallel.processes import check_joined, from_first, is_first, together
-from qtale_jax.training import objective
+from qtale_jax.training import head
 from qtale_jax.training.checkpoint import Checkpoints
 from qtale_jax.training.identity import check_claim, claim
 from qtale_jax.training.lock import held
@@ -55,16 +55,18 @@ def build_validation(config: Config, start: Start, mesh: jax.sharding.Mesh):
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def batch_nats(trainable, frozen, batch):
-        output = forward(
+        params = nest(trainable, frozen)
+        hidden, _, _ = run_trunk(
             spec,
-            nest(trainable, frozen),
+            params,
             batch["tokens"],
             segment_ids=batch["segment_ids"],
             policy=policy,
             compute_dtype=jnp.dtype(config.train.compute_dtype),
         )
-        nats = objective.token_cross_entropy(output.logits, batch["targets"])
-        return jnp.sum(nats * batch["weights"]), jnp.sum(batch["weights"])
+        given = head.Given(head.needed(params), jnp.ones(()))
+        positions = head.Positions(batch["targets"], batch["weights"])
+        return head.losses(head.Head(spec), hidden, given, positions, trained=False)[0], jnp.sum(batch["weights"])
 
     rows = (
         None

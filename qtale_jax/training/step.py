@@ -10,10 +10,11 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from qtale_jax.config.schema import Config
-from qtale_jax.models.forward import Output, forward, positions_of
+from qtale_jax.models.decoder import Parameters
+from qtale_jax.models.forward import positions_of, run_trunk
 from qtale_jax.models.policy import Dense, gap
 from qtale_jax.models.specification import ModelSpecification
-from qtale_jax.training import objective
+from qtale_jax.training import head, objective
 from qtale_jax.training.aim import aim_of, training_policy
 from qtale_jax.training.optimizer import Flat, nest
 from qtale_jax.training.quantization_aware import quantizer_transform
@@ -48,8 +49,8 @@ class TrainStep:
     def __init__(self, spec: ModelSpecification, config: Config, optimizer: optax.GradientTransformation, steps: int):
         self.__name__ = "train_step"  # what the compiled program is called in traces and compilation logs
         self.spec, self.config, self.optimizer, self.steps = spec, config, optimizer, steps
-        self.forward = functools.partial(
-            forward, compute_dtype=jnp.dtype(config.train.compute_dtype), remat=config.train.remat
+        self.trunk = functools.partial(
+            run_trunk, compute_dtype=jnp.dtype(config.train.compute_dtype), remat=config.train.remat
         )
 
     def loss(
@@ -71,7 +72,7 @@ class TrainStep:
             spec = spec.model_copy(update={"lora": None})
             transform = quantizer_transform(config.train.quantization_aware, step, jax.random.fold_in(run_key, 0))
         aim = aim_of(config.routing, spec, step, self.steps, jax.random.fold_in(run_key, 1)) if spec.routing else None
-        output = self.forward(
+        hidden, routing, gates = self.trunk(
             spec,
             params,
             batch["tokens"],
@@ -80,21 +81,25 @@ class TrainStep:
             dropout_key=dropout_key if spec.lora else None,
             layer_transform=transform,
         )
-        nats = objective.token_cross_entropy(output.logits, batch["targets"])
-        cross_entropy = objective.weighted_mean(nats, batch["weights"], totals["targets"])
-        loss: Array = cross_entropy
-        metrics: Metrics = {"cross_entropy": cross_entropy}
+        dense = None
         if teacher is not None:
             base = spec.model_copy(update={"lora": None})
-            dense = self.forward(base, nest(teacher), batch["tokens"], segment_ids=batch["segment_ids"], policy=Dense())
-            loss += self._distillation(output, dense, batch, totals, metrics)
+            dense, _, _ = self.trunk(
+                base, nest(teacher), batch["tokens"], segment_ids=batch["segment_ids"], policy=Dense()
+            )
+        loss, metrics = self._head_losses(params, hidden, teacher, dense, batch, totals)
+        if dense is not None and config.train.distillation.hidden_weight:
+            distance = objective.hidden_distance(hidden, jax.lax.stop_gradient(dense))
+            present = (batch["segment_ids"] > 0).astype(jnp.float32)
+            metrics["hidden_distance"] = objective.weighted_mean(distance, present, totals["present"])
+            loss += config.train.distillation.hidden_weight * metrics["hidden_distance"]
         if spec.routing is not None:
-            assert aim is not None and output.gates is not None, "a training policy gives gates"
+            assert aim is not None and gates is not None, "a training policy gives gates"
             counted, always_on = counted_tokens(spec, batch["segment_ids"]), spec.routing.always_on_layers
             mean = functools.partial(objective.weighted_mean, weights=counted, total=totals["counted"])
-            share = objective.executed_share(output.gates, always_on, config.routing.counting)
-            execute = output.routing.execute[..., always_on:]
-            gaps = gap(output.routing.logits)
+            share = objective.executed_share(gates, always_on, config.routing.counting)
+            execute = routing.execute[..., always_on:]
+            gaps = gap(routing.logits)
             parts = {}
             if config.routing.method == "mod":
                 parts["choice_loss"] = mean(jnp.mean(objective.choice_loss(gaps, execute), axis=-1))
@@ -106,27 +111,25 @@ class TrainStep:
                 penalty = objective.entropy_penalty(gaps, config.routing.entropy_form)
                 parts["entropy_loss"] = mean(jnp.mean(penalty, axis=-1))
                 loss += aim.rate_weight * parts["rate_loss"] + aim.entropy_weight * parts["entropy_loss"]
-            logits = output.routing.logits.at[..., 1].add(aim.shift)
+            logits = routing.logits.at[..., 1].add(aim.shift)
             metrics |= {**parts, "executed_ratio": mean(share), "routing": (logits, execute)}
             if config.routing.target_range is not None:
                 metrics["target"] = mean(jnp.full_like(share, aim.target))  # adds up over microbatches
         return loss, {"loss": loss, **metrics}
 
-    def _distillation(self, output: Output, dense: Output, batch: Batch, totals: dict, metrics: Metrics) -> Array:
-        """The weighted distillation terms; they are added to `metrics`, without their weights."""
-        settings, dense = self.config.train.distillation, jax.lax.stop_gradient(dense)
-        loss = jnp.zeros((), jnp.float32)
-        if settings.weight:
-            kl = objective.distillation_loss(output.logits, dense.logits, settings.temperature)
-            metrics["distillation"] = objective.weighted_mean(kl, batch["weights"], totals["targets"])
-            loss += settings.weight * metrics["distillation"]
-        if settings.hidden_weight:
-            assert output.hidden is not None and dense.hidden is not None, "forward passes give them"
-            distance = objective.hidden_distance(output.hidden, dense.hidden)
-            present = (batch["segment_ids"] > 0).astype(jnp.float32)
-            metrics["hidden_distance"] = objective.weighted_mean(distance, present, totals["present"])
-            loss += settings.hidden_weight * metrics["hidden_distance"]
-        return loss
+    def _head_losses(
+        self, params: Parameters, hidden: Array, teacher: Flat | None, dense: Array | None, batch: Batch, totals: dict
+    ) -> tuple[Array, Metrics]:
+        """Cross-entropy and distillation from the hidden states of the model and of its teacher."""
+        settings = self.config.train.distillation
+        distils = dense is not None and settings.weight > 0
+        return head.losses(
+            head.Head(self.spec, settings.weight if distils else 0.0, settings.temperature),
+            hidden,
+            head.Given(head.needed(params), totals["targets"], head.needed(nest(teacher)) if distils else None),
+            head.Positions(batch["targets"], batch["weights"], dense if distils else None),
+            trained=self.config.train.parameters == "all",
+        )
 
     def __call__(
         self, state: TrainState, frozen: Flat, teacher: Flat | None, batch: Batch, key: PRNGKeyArray

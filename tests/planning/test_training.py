@@ -17,6 +17,7 @@ from qtale_jax.planning.state import state_bytes
 from qtale_jax.planning.step import StepShapes
 from qtale_jax.planning.traffic import traffic
 from qtale_jax.planning.training import TrainingPlanner
+from qtale_jax.training import head
 from qtale_jax.training.optimizer import build_optimizer
 from qtale_jax.training.start import place_state, prepare, prepare_abstract
 
@@ -97,11 +98,27 @@ def test_activations_follow_remat_and_rows(tiny, spec):
     assert base + 5 * slope == kept_bytes(loss, *arguments)
     kept = [lines[remat].kept[1] for remat in ("none", "dots", "full")]
     assert kept == sorted(kept, reverse=True) and kept[0] > 3 * kept[2]
-    # What a layer needs besides is what the policy left out; with nothing left out the head's gradient is what is left.
-    assert lines["none"].working == (0.0, 4.0 * 12 * 64)
-    assert lines["full"].working[1] > lines["dots"].working[1] > 0
+    # Beside what is kept the head has the gradient of the logits, and a layer what the policy left out.
+    assert {lines[remat].head for remat in lines} == {(0.0, 4.0 * 12 * 64)}
+    assert lines["full"].layer[1] > lines["dots"].layer[1] > lines["none"].layer[1] == 0
     # Full remat keeps the residual stream between layers: 4 layers, 12 tokens, 16 wide, float32.
     assert kept[2] > 4 * 12 * 16 * 4
+
+
+@pytest.mark.slow
+def test_logits_in_blocks_are_not_kept(tiny, spec, monkeypatch):
+    """The gradient of the residual stream is, 12 tokens of 16; a block and its gradient are there for a time."""
+    model, whole = spec(), StepShapes(tiny(), spec(), 1).activations()
+    monkeypatch.setattr(head, "FEW_LOGITS", 0)
+    blocks = StepShapes(tiny(), model, 1).activations()
+    assert blocks.head == (2 * 4.0 * 512 * 64, 0.0)
+    logits, stream = 4 * 12 * 64, 4 * 12 * 16
+    assert blocks.kept[1] < whole.kept[1] - logits + stream
+    many = 100_000
+    assert blocks.bytes(many) < whole.bytes(many)
+    assert blocks.bytes(1) - sum(blocks.kept) == pytest.approx(blocks.head[0], abs=1)
+    everything = StepShapes(tiny("train.parameters=all"), spec("train.parameters=all"), 1).activations()
+    assert everything.head == (0.0, 4.0 * 12 * 64)  # a head with a gradient of its own has all logits
 
 
 def test_microbatches_hold_fewer_activations_and_a_second_gradient(tiny, spec):
@@ -159,8 +176,8 @@ def test_llama_8b_fine_tunes_on_eight_v5e(shipped):
     assert routers < found.memory["adapters and routers"] < 1.1 * routers
     assert found.memory["optimizer"] == 2 * found.memory["adapters and routers"] + 16
     assert found.memory["gathered weights"] == 2 * 128256 * 4096
-    # The scan keeps the residual stream of 32 layers; beside it logits and their gradient of one row.
-    stream, logits = 32 * 1024 * 4096 * 2, 4 * 1024 * 128256
+    # The scan keeps the residual stream of 32 layers; beside it logits and their gradient of half a row.
+    stream, logits = 32 * 1024 * 4096 * 2, 4 * 512 * 128256
     assert stream + 2 * logits < found.memory["activations"] < 1.5 * (stream + 2 * logits)
     # Forward, forward again, gradients of activations but not of weights: six FLOPs for each weight but the embedding.
     weights = 8.03e9 - 128256 * 4096

@@ -19,20 +19,6 @@ from qtale_jax.models.huggingface import from_huggingface
 from qtale_jax.models.huggingface.config import architecture_from
 from qtale_jax.models.specification import ModelSpecification
 
-NAMES = (
-    "llama2",
-    "llama3_1",
-    "grouped",
-    "tied",
-    "qwen2",
-    "mistral",
-    "qwen3",
-    "gemma2",
-    "gemma3",
-    "linear",
-    "gemma3_images",
-)
-
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
@@ -44,7 +30,8 @@ def golden() -> Path:
 def converted(golden, tmp_path_factory) -> Path:
     """Model directories of the golden checkpoints."""
     root = tmp_path_factory.mktemp("converted")
-    for name in NAMES:
+    for expected in golden.glob("*/expected.npz"):
+        name = expected.parent.name
         from_huggingface(golden / name, root / name)
     return root
 

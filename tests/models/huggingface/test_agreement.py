@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +16,7 @@ from qtale_jax.models.huggingface import from_huggingface, to_huggingface
 from qtale_jax.models.policy import Dense
 from qtale_jax.models.specification import LinearScaling, ModelSpecification, RopeScaling
 
-NAMES = (
-    "llama2",
-    "llama3_1",
-    "grouped",
-    "tied",
-    "qwen2",
-    "mistral",
-    "qwen3",
-    "gemma2",
-    "gemma3",
-    "linear",
-    "gemma3_images",
-)
+NAMES = sorted(file.parent.name for file in Path(__file__).parents[1].glob("golden/*/expected.npz"))
 
 run = jax.jit(forward, static_argnames=("spec",))
 

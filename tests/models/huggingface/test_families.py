@@ -61,7 +61,7 @@ def test_the_golden_models_have_what_their_family_adds(architectures):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", (*NAMES, "gemma3_images"))
 def test_cached_decoding_agrees_with_transformers(converted, golden, name):
     model = artifact.load_model(converted / name)
     with np.load(golden / name / "expected.npz") as data:

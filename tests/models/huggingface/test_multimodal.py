@@ -4,8 +4,6 @@ import json
 import logging
 import shutil
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -16,11 +14,9 @@ from qtale_jax import artifact, convert
 from qtale_jax.artifact.arrays import flatten
 from qtale_jax.config import Config, with_overrides
 from qtale_jax.errors import InputError
-from qtale_jax.inference.generation import generate
 from qtale_jax.models.huggingface import read_huggingface, to_huggingface
 from qtale_jax.models.huggingface.config import architecture_from
 from qtale_jax.models.huggingface.families import FULL, SLIDING
-from qtale_jax.models.policy import Dense
 from qtale_jax.models.specification import LinearScaling
 from qtale_jax.planning.subject import planned_model
 
@@ -68,26 +64,6 @@ def test_the_golden_model_is_scaled_where_it_is_global(golden):
     assert (found.family, found.rope_scaling) == ("gemma3_text", LinearScaling(factor=4.0))
     assert (found.rope_theta, found.local_rope_theta) == (100.0, 50.0)
     assert [found.window(layer) for layer in range(3)] == [5, None, 5]
-
-
-@pytest.mark.slow
-def test_cached_decoding_agrees_with_transformers(converted, golden):
-    model = artifact.load_model(converted / NAME)
-    with np.load(golden / NAME / "expected.npz") as data:
-        prompts, expected = data["tokens"][:, :8], data["greedy"]
-    found = generate(
-        model.spec,
-        model.params,
-        jnp.asarray(prompts),
-        jnp.full((len(prompts),), 8, jnp.int32),
-        Dense(),
-        jax.random.key(0),
-        jnp.float32(0),
-        jnp.float32(1),
-        jnp.int32(-1),
-        max_new_tokens=expected.shape[1],
-    )
-    np.testing.assert_array_equal(found.tokens, expected)
 
 
 def test_both_layouts_are_the_same_model(golden, checkpoint, rename):
