@@ -135,18 +135,15 @@ def _at_once(
 
 def _over_blocks(evaluate: Any, hidden: Float[Array, "n b c d"], positions: Positions) -> tuple[Any, Any]:
     """Adds up the first result of `evaluate` over the blocks that count, and stacks the second, 0 for the others."""
+    one_block = jax.tree.map(lambda leaf: leaf[0], (hidden, positions))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(evaluate, *one_block))
 
     def step(total: Any, block: tuple[Array, Positions]) -> tuple[Any, Any]:
-        found, one = jax.lax.cond(
-            jnp.any(block[1].weights != 0), evaluate, lambda *_: jax.tree.map(jnp.zeros_like, like), *block
-        )
-        return jax.tree.map(jnp.add, total, found), one
+        counts = jnp.any(block[1].weights != 0)
+        found, beside = jax.lax.cond(counts, evaluate, lambda *_: zeros, *block)
+        return jax.tree.map(jnp.add, total, found), beside
 
-    like = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-        jax.eval_shape(evaluate, hidden[0], jax.tree.map(lambda leaf: leaf[0], positions)),
-    )
-    return jax.lax.scan(step, like[0], (hidden, positions))
+    return jax.lax.scan(step, zeros[0], (hidden, positions))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
