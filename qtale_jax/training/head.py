@@ -22,7 +22,8 @@ from qtale_jax.training import objective
 from qtale_jax.training.optimizer import flatten, nest
 
 BLOCK_TOKENS = 512
-"""Tokens of a block on each device: enough that reading the head's weights takes no longer than their products."""
+"""Tokens of a block on each device: their products take about as long as reading the head's weights (240 would do on a
+TPU v5e, 300 on an H100, 570 on a v6e)."""
 FEW_LOGITS = 1 << 20
 """Rows that have no more than this (4 MB) make theirs at once."""
 
