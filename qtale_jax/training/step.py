@@ -1,5 +1,6 @@
 """One training step as a pure function: losses, gradients over microbatches, update, metrics."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -122,14 +123,14 @@ class TrainStep:
     ) -> tuple[Array, Metrics]:
         """Cross-entropy and distillation from the hidden states of the model and of its teacher."""
         settings = self.config.train.distillation
-        distils = dense is not None and settings.weight > 0
-        return head.losses(
-            head.Head(self.spec, settings.weight if distils else 0.0, settings.temperature),
-            hidden,
-            head.Given(head.needed(params), totals["targets"], head.needed(nest(teacher)) if distils else None),
-            head.Positions(batch["targets"], batch["weights"], dense if distils else None),
-            trained=self.config.train.parameters == "all",
-        )
+        kind = head.Head(self.spec)
+        given = head.Given(head.needed(params), totals["targets"])
+        positions = head.Positions(batch["targets"], batch["weights"])
+        if teacher is not None and settings.weight:
+            kind = head.Head(self.spec, settings.weight, settings.temperature)
+            given = dataclasses.replace(given, teacher=head.needed(nest(teacher)))
+            positions = dataclasses.replace(positions, teacher=dense)
+        return head.losses(kind, hidden, given, positions, trained=self.config.train.parameters == "all")
 
     def __call__(
         self, state: TrainState, frozen: Flat, teacher: Flat | None, batch: Batch, key: PRNGKeyArray
