@@ -31,7 +31,7 @@ from qtale_jax.training.optimizer import build_optimizer, nest
 from qtale_jax.training.profiling import StepTrace, compile_step
 from qtale_jax.training.start import Start, place_state, prepare, state_shardings
 from qtale_jax.training.step import Batch, TrainState, TrainStep
-from qtale_jax.training.stopping import Interrupted, stop_signal
+from qtale_jax.training.stopping import Interrupted, RunAhead, stop_signal
 from qtale_jax.training.wandb_log import WandbLog, import_wandb
 
 
@@ -159,7 +159,7 @@ def train(config: Config, *, quiet: bool = False) -> Path:
 
 
 def run(config, start, mesh, steps, state, pipeline, optimizer, checkpoints, key, quiet, trace) -> TrainState:
-    """The loop proper: one compiled step, no host synchronisation except where something is logged or saved."""
+    """The loop proper: one compiled step; the host stays ahead of the devices, except where it logs or saves."""
     settings, spec = config.train, start.spec
     teacher = None
     if settings.distillation.active:
@@ -176,6 +176,7 @@ def run(config, start, mesh, steps, state, pipeline, optimizer, checkpoints, key
     clock, since = time.perf_counter(), done
     route_key = jax.random.fold_in(key, 2)
     log, program = open_log(Path(config.output), steps, done, quiet, functools.partial(_wandb, config)), None
+    ahead = RunAhead()
     with stop_signal() as stopping, log, trace:
         while done < steps:
             batch = next(pipeline)
@@ -183,6 +184,7 @@ def run(config, start, mesh, steps, state, pipeline, optimizer, checkpoints, key
             program = program or compile_step(step_function, arguments, quiet=quiet)
             trace.before(done + 1)
             state, metrics = program(*arguments)
+            ahead.dispatched(metrics["loss"])
             done += 1
             trace.after(done, metrics)
             here = len(batch["tokens"]) / settings.batch_size  # the share of the batch that this process has

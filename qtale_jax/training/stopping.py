@@ -1,7 +1,8 @@
-"""SIGTERM: the loop saves and leaves, all processes after the same step."""
+"""SIGTERM: the loop saves and leaves, all processes after the same step, and without a queue of steps to wait for."""
 
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -32,3 +33,22 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
     finally:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
+
+
+class RunAhead:
+    """Bounds how many steps are dispatched before an earlier one is done.
+
+    Dispatching returns at once, so a host would queue all steps up to the next one whose numbers it reads, and could
+    not save before they are done. Two steps keep devices busy, and SIGTERM waits for no more than those.
+    """
+
+    def __init__(self, steps: int = 2):
+        """`steps` may be under way when the next one is dispatched."""
+        self._steps = steps
+        self._under_way: deque[jax.Array] = deque()
+
+    def dispatched(self, result: jax.Array) -> None:
+        """Notes a result of the step that was dispatched last; waits for that of the one `steps` before it."""
+        self._under_way.append(result)
+        if len(self._under_way) > self._steps:
+            jax.block_until_ready(self._under_way.popleft())
