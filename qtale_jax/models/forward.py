@@ -54,8 +54,6 @@ class Output:
     routing: Routing
     gates: Float[Array, "b t r"] | None = None
     """Gate of every routed layer with its straight-through gradient; None unless the policy samples."""
-    hidden: Float[Array, "b t d"] | None = None
-    """Residual stream after the last layer, before the final norm."""
 
 
 def positions_of(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
@@ -299,4 +297,4 @@ def forward(
         dropout_key=dropout_key,
         layer_transform=layer_transform,
     )
-    return Output(unembed(spec, params, hidden), routing, gates, hidden)
+    return Output(unembed(spec, params, hidden), routing, gates)
