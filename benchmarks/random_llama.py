@@ -7,6 +7,7 @@ costs nothing and skipping alone is measured. Every layer and token is routed.
 import argparse
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from qtale_jax.inference.streaming import Options, Progress, joined, stream
 from qtale_jax.models.decoder import Parameters, initialize
 from qtale_jax.models.policy import Thresholded
 from qtale_jax.models.specification import Architecture, ModelSpecification, RoutingSpecification
+from qtale_jax.reporting.results import read_evaluation
 
 ARCHITECTURES = {
     "134m": Architecture(
@@ -68,13 +70,35 @@ def model(
     return spec.model_copy(update={"dtype": "bfloat16"}), jax.tree_util.tree_map_with_path(halved, params)
 
 
-def at_ratio(spec: ModelSpecification, ratio: float, unlike: float = 0.0) -> Thresholded:
-    """Executes this share of tokens in every layer of a hashed router, 1: everything.
+def at_ratio(spec: ModelSpecification, ratio: float | np.ndarray) -> Thresholded:
+    """Executes this share of tokens in the layers of a hashed router, 1: everything; an array has one per layer."""
+    shares = jnp.broadcast_to(jnp.asarray(ratio, jnp.float32), (len(spec.routed_layers),))
+    return Thresholded(jnp.clip(1.0 - shares, 0.0, 1.0))
 
-    With `unlike` every second layer by so much more, the others by so much less: trained routers prefer layers.
+
+def like_trained(evaluation: Path, layers: int, ratio: float) -> np.ndarray:
+    """Shares of `layers` layers that are as unlike as those of a trained model, and `ratio` in the mean.
+
+    Args:
+        evaluation: file of the evaluation stage of a routed model; the share of a layer is that at its relative depth.
+        layers: number of layers.
+        ratio: mean; logits of all shares are moved alike, as a threshold moves them. Layers that always run stay so.
+
+    Raises:
+        ValueError: the layers that always run are more than `ratio`.
     """
-    sign = jnp.where(jnp.arange(len(spec.routed_layers)) % 2 == 0, 1.0, -1.0)
-    return Thresholded(jnp.clip(1.0 - (ratio + unlike * sign), 0.0, 1.0).astype(jnp.float32))
+    measured = read_evaluation(evaluation).executed_per_layer
+    shares = np.interp(np.linspace(0, 1, layers), np.linspace(0, 1, len(measured)), measured)
+    always = shares > 1 - 1e-6
+    if always.mean() >= ratio:
+        raise ValueError(f"{evaluation}: {always.mean():.0%} of the layers always run; allowed: less than {ratio:.0%}")
+    odds = np.clip(shares, 1e-4, 1 - 1e-4) / (1 - np.clip(shares, 1e-4, 1 - 1e-4))
+
+    def moved(by: float) -> np.ndarray:
+        return np.where(always, 1.0, 1 / (1 + np.exp(-by) / odds))
+
+    steps = np.linspace(-6, 6, 4801)
+    return moved(float(steps[np.argmin([abs(moved(step).mean() - ratio) for step in steps])]))
 
 
 def prompts(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -86,11 +110,10 @@ def prompts(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
 def generation(
     spec: ModelSpecification,
     params: Parameters,
-    ratio: float,
+    ratio: float | np.ndarray,
     rows: int,
     length: int,
     new: int,
-    unlike: float = 0.0,
     least_step: int | None = None,
 ) -> Callable[[], Progress]:
     """A run that adds `new` tokens to each prompt, greedily, in one chunk; `at_ratio` says what executes."""
@@ -98,7 +121,7 @@ def generation(
     pages = spec.architecture.num_layers * rows * -(-(length + new) // PAGE)
     whole = pages * page_bytes(spec.architecture, jnp.dtype(spec.dtype))
     options = dataclasses.replace(inference_options(spec), chunk=new, least_step=least_step or whole)
-    policy = at_ratio(spec, ratio, unlike)
+    policy = at_ratio(spec, ratio)
 
     def run() -> Progress:
         return joined(

@@ -8,16 +8,20 @@ routers are of the published width, 512, which is two thirds of this model's and
 eighth of this one's.
 """
 
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
 import numpy as np
 from harness import Row, each_round, parser, report
-from random_llama import choice, executed, generation, model, settled
+from random_llama import choice, executed, generation, like_trained, model, settled
 
 from qtale_jax.models.specification import RoutingSpecification
 
 SHORT, LONG, PROMPT = 8, 72, 16
 WIDTHS = (512, 96)
-UNLIKE = 0.4
-"""Half of the layers execute for nine rows in ten, the other half for one, as routers do that prefer layers."""
+UNLIKE = (0.9, 0.1)
+"""Half of the layers execute for nine rows in ten, the other half for one."""
 
 
 def learned(width: int) -> RoutingSpecification:
@@ -26,22 +30,32 @@ def learned(width: int) -> RoutingSpecification:
 
 
 def measure(
-    rows: int, ratios: tuple[float, ...], layers: int | None, rounds: int, router: bool, name: str = "134m"
+    rows: int,
+    ratios: tuple[float, ...],
+    layers: int | None,
+    rounds: int,
+    router: bool,
+    name: str = "134m",
+    evaluations: Mapping[str, Path] = MappingProxyType({}),
 ) -> list[Row]:
-    """Tokens per second of all rows together, at each ratio and with a learned router that executes everything."""
+    """Tokens per second of all rows together, at each ratio and with a learned router that executes everything.
+
+    With more than one row also at a ratio of .5 where layers are unlike: every other one, and as in `evaluations`.
+    """
     hashed = model(layers, name=name)
     cases = {"ratio 1": (*hashed, 1.0)}
     cases |= {f"ratio {ratio:g}": (*hashed, settled(*hashed, ratio, rows, PROMPT, LONG)) for ratio in ratios}
     if rows > 1:
-        cases["ratio 0.5, layers unlike"] = (*hashed, 0.5, UNLIKE)
+        depth = hashed[0].architecture.num_layers
+        cases["ratio 0.5, layers unlike"] = (*hashed, np.resize(UNLIKE, depth))
+        for label, path in evaluations.items():
+            cases[f"ratio 0.5, layers as in {label}"] = (*hashed, like_trained(path, depth, 0.5))
     if router:
         widths = WIDTHS if name == "134m" else WIDTHS[:1]
         cases |= {f"ratio 1, learned routers of {size}": (*model(layers, learned(size), name), 1.0) for size in widths}
         cases["no router"] = (*model(layers, None, name), 1.0)
     runs = {
-        f"{name}/{new}": generation(*case[:3], rows, PROMPT, new, *case[3:])
-        for name, case in cases.items()
-        for new in (SHORT, LONG)
+        f"{name}/{new}": generation(*case, rows, PROMPT, new) for name, case in cases.items() for new in (SHORT, LONG)
     }
     shares = {name: executed(runs[f"{name}/{LONG}"]()) for name in cases}
     times = each_round({name: lambda run=run: run().tokens for name, run in runs.items()}, rounds)
