@@ -6,7 +6,7 @@ Each reader checks what it reads and names the file and line of the first bad ro
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,7 +43,8 @@ def read(config: DataConfig, split: str) -> list[Record]:
 
     Files without splits of their own are cut: the last `held_out` share is held out, its first half for validation and
     its second for test; as many rows just before it are for calibration, and the rest is for training. With
-    `evaluation_path`, that file is validation and test. With `paths`, this is done for every file, one after the other.
+    `evaluation_path`, that file is validation and test. With `paths`, this is done for every file. Rows of several
+    files or tasks are taken in turn, so that the first ones, which theta and quantizers are fitted to, are of all.
 
     Raises:
         InputError: a missing, empty or malformed file, or a split without rows.
@@ -54,12 +55,12 @@ def read(config: DataConfig, split: str) -> list[Record]:
         records = _reasoning(config, split)
     elif config.kind == "published":
         published.check_tasks(config.tasks, config.source)
-        records = [record for task in config.tasks for record in _published(config, task, split)]
+        records = _in_turn([_published(config, task, split) for task in config.tasks])
     elif config.paths:
         parts = ("train", "calibration") if config.evaluation_path is not None else SPLITS
         # A file for evaluation is read once, whatever the number of files to train on.
         paths = config.paths if split in parts else config.paths[:1]
-        records = [record for path in paths for record in _one(config.model_copy(update={"path": path}), split)]
+        records = _in_turn([_one(config.model_copy(update={"path": path}), split) for path in paths])
     elif config.path is None:
         raise InputError(f"data.path is missing: data.kind={config.kind!r} reads a file or folder")
     else:
@@ -69,6 +70,12 @@ def read(config: DataConfig, split: str) -> list[Record]:
             f"data: no rows for split {split!r} in {config.path or ', '.join(config.paths) or config.kind}"
         )
     return records[: config.max_examples] if split == "train" else records
+
+
+def _in_turn(parts: Sequence[Sequence[Row]]) -> list[Row]:
+    """The first rows of all parts, then the second ones, and so on; where a part ends, the others go on."""
+    longest = max(map(len, parts), default=0)
+    return [part[index] for index in range(longest) for part in parts if index < len(part)]
 
 
 def _published(config: DataConfig, task: str, split: str) -> list[Record]:

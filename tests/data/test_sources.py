@@ -60,9 +60,13 @@ def test_several_files_are_each_cut_and_one_for_evaluation_is_read_once(tmp_path
     ]
     data = DataConfig.model_validate({"kind": "multiple_choice", "paths": files, "held_out": 0.2})
     found = {split: [record.query for record in read(data, split)] for split in SPLITS}
-    assert found["train"] == [f"{name}{i}" for name in "ab" for i in range(6)]
-    assert found["calibration"] == ["a6", "a7", "b6", "b7"]
+    assert found["train"] == [f"{name}{i}" for i in range(6) for name in "ab"]
+    assert found["calibration"] == ["a6", "b6", "a7", "b7"]
     assert (found["validation"], found["test"]) == (["a8", "b8"], ["a9", "b9"])
+    # the first rows are of all files, where one is longer than the others too
+    files.append(str(jsonl(tmp_path / "short.jsonl", [{**choice(0), "query": "s0"}] * 4)))
+    several = data.model_copy(update={"paths": tuple(files), "max_examples": 5})
+    assert [record.query for record in read(several, "train")] == ["a0", "b0", "s0", "a1", "b1"]
     other = jsonl(tmp_path / "c.jsonl", [choice(5)])
     data = data.model_copy(update={"evaluation_path": str(other)})
     assert [record.query for record in read(data, "test")] == ["q5"]
@@ -135,7 +139,7 @@ def test_questions_of_llm_adapters(tmp_path):
     choices = ("the correct answer is answer1", "the correct answer is answer2")
     for split, count in (("train", 8), ("calibration", 2), ("validation", 2), ("test", 2)):
         assert read(data, split) == [
-            Choice(task, prompt, choices, 1) for task in ("siqa", "piqa") for _ in range(count)
+            Choice(task, prompt, choices, 1) for _ in range(count) for task in ("siqa", "piqa")
         ]
     file = tmp_path / "one.json"
     file.write_text(json.dumps([{**row, "output": "no"}]))
