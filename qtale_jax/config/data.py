@@ -34,7 +34,7 @@ class DataConfig(Section):
     tasks: Many[str] = Field(
         default=(), description="subset of tasks; empty: all, but outside training none that the suite holds out"
     )
-    separator: str = Field(default="<|endoftext|>", description="text: splits documents")
+    separator: str = Field(default="<|endoftext|>", min_length=1, description="text: splits documents")
     held_out: float = Field(
         default=0.1, ge=0, lt=1, description="share at the end of path kept for validation and test"
     )

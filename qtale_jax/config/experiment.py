@@ -1,5 +1,7 @@
 """The sections of an experiment."""
 
+from collections.abc import Iterable
+
 from pydantic import Field, model_validator
 
 from qtale_jax.config.quantization import QuantizeConfig
@@ -11,6 +13,28 @@ class PointsConfig(Section):
 
     ratios: Many[Fraction] = Field(default=(), description="executed shares")
     thresholds: Many[Fraction] = Field(default=(), description="thetas")
+
+    @model_validator(mode="after")
+    def _check(self):
+        check_labels(self.ratios, self.thresholds)
+        return self
+
+
+def check_labels(ratios: Iterable[float], thresholds: Iterable[float]) -> None:
+    """Results say at what ratio or theta they are, to two digits.
+
+    Raises:
+        ValueError: two of either would stand under one label.
+    """
+    for name, values in (("ratios", ratios), ("thresholds", thresholds)):
+        seen: dict[str, float] = {}
+        for value in values:
+            label = f"{value:.2f}"
+            if label in seen:
+                raise ValueError(
+                    f"{name} {seen[label]:g} and {value:g} are both shown as {label}; allowed: one of them"
+                )
+            seen[label] = value
 
 
 class ExperimentConfig(Section):
@@ -58,4 +82,19 @@ class ExperimentConfig(Section):
             raise ValueError(f"points names {unknown[0]!r}, which is not one of methods: {', '.join(self.methods)}")
         if any(quantizer.model or quantizer.output for quantizer in self.quantizers):
             raise ValueError("quantizers name model or output, which the experiment sets; allowed: the other keys")
+        check_labels(self.ratios, self.thresholds)
+        self._check_quantizers()
         return self
+
+    def _check_quantizers(self) -> None:
+        """Results name a quantizer by its method, bits, group size and what activations have."""
+        seen: dict[tuple, int] = {}
+        for index, quantizer in enumerate(self.quantizers):
+            label = (quantizer.method, quantizer.bits, quantizer.group_size, quantizer.activation_bits)
+            if label in seen:
+                raise ValueError(
+                    f"quantizers.{seen[label]} and quantizers.{index} are both shown as {quantizer.method} at "
+                    f"{quantizer.bits} bits, group size {quantizer.group_size}; "
+                    "allowed: another method, width or group size, or experiments with outputs of their own"
+                )
+            seen[label] = index

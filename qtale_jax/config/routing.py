@@ -32,7 +32,7 @@ class RoutingConfig(Section):
     )
     rate_loss: Literal["token", "batch", "squared"] = Field(
         default="token",
-        description="token: mean |w - R| per token (D-LLM); batch: |mean w - R|; squared: its square",
+        description="token: mean |w - R| per token (D-LLM); batch: |mean w - R| of a microbatch; squared: its square",
     )
     rate_weight: NotNegative = Field(default=5.0, description="lambda_1, weight of the rate loss")
     rate_schedule: Literal["sin", "constant"] = Field(default="sin", description="sin: rises as sin(pi/2 * progress)")

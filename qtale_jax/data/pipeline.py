@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from qtale_jax.config.schema import Config
 from qtale_jax.data.row_cache import read_rows, row_file, write_rows
-from qtale_jax.data.rows import Rows, build_rows, empty_like
+from qtale_jax.data.rows import Rows, build_rows, digest, empty_like
 from qtale_jax.data.tokens import examples
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,11 @@ class Pipeline:
     def size(self) -> int:
         """Rows of the split, those of all processes together."""
         return len(self._rows["tokens"])
+
+    @property
+    def digest(self) -> str:
+        """`rows.digest` of the split."""
+        return digest(self._rows)
 
     def __iter__(self) -> Self:
         return self

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from qtale_jax.config.schema import DataConfig
 from qtale_jax.data import reasoning, sources
-from qtale_jax.data.rows import Rows
+from qtale_jax.data.rows import NAMES, Rows
 from qtale_jax.data.tokens import Counts
 
 LAYOUT = 1
@@ -38,10 +37,11 @@ def read_rows(file: Path) -> tuple[Rows, Counts] | None:
     try:
         with file.open("rb") as stream, np.load(stream) as stored:
             arrays = dict(stored)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile):
+    except Exception:  # what is damaged may fail in any layer of zip, npy and header: it is made again
         return None
-    counts = arrays.pop("counts", None)
-    return None if counts is None else (arrays, Counts(*counts.tolist()))
+    if arrays.keys() != {"counts", *NAMES}:
+        return None
+    return arrays, Counts(*arrays.pop("counts").tolist())
 
 
 def write_rows(file: Path, rows: Rows, counts: Counts) -> None:

@@ -1,5 +1,6 @@
 """Examples -> rows of one length: padded one by one, or packed several to a row and kept apart by segment ids."""
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,10 @@ Rows = dict[str, np.ndarray]
 `targets` is the next token of the same example; `weights` is 1 where that target counts in the loss. `segment_ids` is 0
 for padding and numbers the examples of a row from 1; positions restart with each.
 """
+
+
+NAMES = ("tokens", "targets", "weights", "segment_ids")
+"""The arrays of `Rows`."""
 
 
 def first_fit(lengths: Sequence[int], capacity: int, open_rows: int = 64) -> list[list[int]]:
@@ -38,7 +43,7 @@ def build_rows(examples: Sequence[Tokens], length: int, packing: bool) -> Rows:
     """Lays examples out; every example has at most `length` tokens."""
     groups = first_fit([len(e.ids) for e in examples], length) if packing else [[i] for i in range(len(examples))]
     shape = (len(groups), length)
-    out: Rows = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids")}
+    out: Rows = {name: np.zeros(shape, np.int32) for name in NAMES if name != "weights"}
     out["weights"] = np.zeros(shape, np.float32)
     for row, members in enumerate(groups):
         at = 0
@@ -51,6 +56,15 @@ def build_rows(examples: Sequence[Tokens], length: int, packing: bool) -> Rows:
             out["segment_ids"][row, at:end] = segment
             at = end
     return out
+
+
+def digest(rows: Rows) -> str:
+    """SHA-256 of everything that rows hold."""
+    found = hashlib.sha256()
+    for name in sorted(rows):
+        found.update(f"{name} {rows[name].shape}".encode())
+        found.update(np.ascontiguousarray(rows[name]))
+    return found.hexdigest()
 
 
 def empty_like(rows: Rows, count: int) -> Rows:

@@ -66,15 +66,18 @@ class RunLog:
         """What a killed run logged beyond its last checkpoint will be logged again."""
         if not self.file.exists():
             return
-        kept = []
-        for line in self.file.read_text().splitlines():
+        written, kept = self.file.read_text(), []
+        for line in written.splitlines():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:  # the line that was being written when the process died
                 continue
             if row["step"] <= step:
-                kept.append(line)
-        self.file.write_text("".join(line + "\n" for line in kept))
+                kept.append(line + "\n")
+        if "".join(kept) != written:
+            temporary = self.file.with_suffix(".tmp")
+            temporary.write_text("".join(kept))
+            temporary.replace(self.file)
 
     def __enter__(self) -> Self:
         self._progress.start()

@@ -138,7 +138,7 @@ def train(config: Config, *, quiet: bool = False) -> Path:
         pipeline = pipeline_for(config, start, "train", mesh)
         steps = total_steps(config, pipeline.size)
         trace = StepTrace(config.profile.steps, output / "profile", steps)
-        claim(output, config)
+        claim(output, config, pipeline.digest)
         with held(output):
             if from_first("whether it was finished meanwhile", (output / "trained").exists()):
                 return output / "trained"

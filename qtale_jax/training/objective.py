@@ -48,7 +48,8 @@ def rate_loss(
     "token" is D-LLM's: mean over tokens of |share - target|. "batch" is |mean share - target|: tokens may differ, and
     the mean is held without the drift that the per-token form shows. "squared" is (mean share - target)^2: what a layer
     costs a token is 2 lambda_1 (mean - target), a price that settles, where the others push up or down with full weight
-    in every step. It settles beside the target, by the price over 2 lambda_1.
+    in every step. It settles beside the target, by the price over 2 lambda_1. The mean of the last two is that of a
+    microbatch: it is what one forward pass sees, so small microbatches are held to the target one by one.
     """
     if form == "token":
         return weighted_mean(jnp.abs(share - target), counted, total)

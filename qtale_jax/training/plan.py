@@ -13,7 +13,7 @@ from qtale_jax.artifact.arrays import flatten
 from qtale_jax.config.schema import Config
 from qtale_jax.data.pipeline import load_rows
 from qtale_jax.data.published import origin
-from qtale_jax.data.rows import Rows
+from qtale_jax.data.rows import Rows, digest
 from qtale_jax.data.scratch import without_writing
 from qtale_jax.data.tokens import load_tokenizer
 from qtale_jax.errors import InputError
@@ -59,7 +59,7 @@ def plan(config: Config) -> TrainingPlan:
         if config.data.held_out or config.data.evaluation_path is not None:
             rows["validation"] = load_rows(readable, tokenizer, "validation")
     output = Path(config.output)
-    check_claim(output, config)
+    check_claim(output, config, digest(rows["train"]))
     trains = {name: math.prod(leaf.shape) for name, leaf in flat.items() if is_trainable(name, config.train.parameters)}
     return TrainingPlan(
         spec=spec,

@@ -144,6 +144,7 @@ def extended(
         lora = LoraSpecification(**config.lora.model_dump())
     # Gradients go through the products with stored weights, and the kernels have none.
     spec = spec.model_copy(update={"kernels": "xla"})
+    _check_reachable(config, spec.architecture.num_layers)
     return adapt(spec, params, routing_from(config, spec.architecture.num_layers), lora, key)
 
 
@@ -163,6 +164,29 @@ def check_quantized(config: Config, spec: ModelSpecification) -> None:
         raise InputError(f"{found}, its routers too, so they cannot be trained; allowed: quantize.router_bits=16")
     if not can_stack(spec):
         raise InputError(f"{found} in different formats from layer to layer, which training cannot stack")
+
+
+def _check_reachable(config: Config, layers: int) -> None:
+    """Some layer and some token are routed, and the target is above what always runs."""
+    routing = config.routing
+    if routing.method == "dense":
+        return
+    always = routing.always_on_layers
+    if always >= layers:
+        raise InputError(
+            f"routing.always_on_layers={always} leaves no routed layer of {layers}; allowed: 0 to {layers - 1}"
+        )
+    if routing.always_on_tokens >= config.data.length:
+        raise InputError(
+            f"routing.always_on_tokens={routing.always_on_tokens} leaves no routed token of "
+            f"data.length={config.data.length}; allowed: 0 to {config.data.length - 1}"
+        )
+    lowest = min((routing.target, *(routing.target_range or ())))
+    if routing.counting == "all" and lowest < always / layers:
+        raise InputError(
+            f"routing.target={lowest:g} is below what routing.always_on_layers={always} of {layers} layers run; "
+            f"allowed: {always / layers:.3g} to 1, or routing.counting=routed"
+        )
 
 
 def _check_formats(config: Config, architecture: Architecture) -> None:

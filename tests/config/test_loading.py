@@ -148,6 +148,19 @@ def test_bad_keys_and_values_name_place_found_and_allowed(load, tmp_path, text, 
         ("experiment: {seeds: []}", "experiment: seeds is empty"),
         ("experiment: {seeds: [1, 1]}", "experiment: seeds has an entry twice"),
         ("experiment: {quantizers: [{bits: 4}, {bits: 4}]}", "experiment: quantizers has an entry twice"),
+        (
+            "experiment: {quantizers: [{bits: 3}, {bits: 4}, {bits: 4, symmetric: true}]}",
+            "experiment: quantizers.1 and quantizers.2 are both shown as rtn at 4 bits, group size -1; allowed: ",
+        ),
+        (
+            "experiment: {ratios: [0.5, 0.6, 0.604]}",
+            "experiment: ratios 0.6 and 0.604 are both shown as 0.60; allowed: one of them",
+        ),
+        (
+            "experiment: {points: {qtale: {thresholds: [0.1, 0.101]}}}",
+            "experiment.points.qtale: thresholds 0.1 and 0.101 are both shown as 0.10; allowed: one of them",
+        ),
+        ("data: {kind: text, path: a, separator: ''}", "data.separator"),
         ("experiment: {quantizers: [{bits: 4, model: x}]}", "quantizers name model or output"),
         ("experiment: {methods: {a/b: {}}}", "experiment.methods: found the name 'a/b'"),
         (

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from qtale_jax.data import pipeline, reasoning, row_cache, sources
+from qtale_jax.data.rows import NAMES
 from qtale_jax.data.tokens import Counts, load_tokenizer
 
 
@@ -79,6 +80,23 @@ def test_a_damaged_file_is_made_again(config, tokenizer, content):
     assert stored is not None
     rows, counts = stored
     assert equal(rows, made) and counts.read == len(made["tokens"])
+
+
+def test_whatever_bit_flips_rows_are_whole_or_none(tmp_path):
+    file = tmp_path / "rows.npz"
+    rows = {name: np.arange(200, dtype=np.int32).reshape(10, 20) for name in NAMES}
+    row_cache.write_rows(file, rows, Counts(10, 0, 0))
+    whole = file.read_bytes()
+    damaged = 0
+    for position in range(0, len(whole), 3):
+        file.write_bytes(whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :])
+        found = row_cache.read_rows(file)
+        damaged += found is None
+        assert found is None or equal(found[0], rows)
+    assert damaged > len(whole) / 10
+    file.write_bytes(whole)
+    found = row_cache.read_rows(file)
+    assert found is not None and equal(found[0], rows)
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(config, tokenizer, tmp_path):

@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 
 from qtale_jax.artifact import load_model
+from qtale_jax.data.rows import digest
 from qtale_jax.errors import InputError
+from qtale_jax.models.specification import ModelSpecification
 from qtale_jax.training import loop
 from qtale_jax.training.checkpoint import Checkpoints
-from qtale_jax.training.identity import claim
+from qtale_jax.training.identity import check_claim, claim
 from qtale_jax.training.lock import held
 from qtale_jax.training.logs import RunLog
 from qtale_jax.training.loop import train
+from qtale_jax.training.plan import extended_abstract
+from qtale_jax.training.start import architecture_from
 
 LOGGED = {
     "step",
@@ -143,6 +147,35 @@ def test_identity_ignores_what_is_only_written(tmp_path, make_config):
         claim(tmp_path, make_config(train={"batch_size": 16}))
     with pytest.raises(InputError, match=r"lora\.rank was 2, now 4"):
         claim(tmp_path, make_config(lora={"rank": 4}))
+
+
+def test_identity_knows_the_rows_and_the_parent(tmp_path, make_config):
+    rows = {"tokens": np.arange(6, dtype=np.int32).reshape(2, 3)}
+    before, after = digest(rows), digest({"tokens": rows["tokens"] + 1})
+    assert before != digest({"tokens": rows["tokens"].reshape(3, 2)})
+    claim(tmp_path, make_config(), before)
+    claim(tmp_path, make_config(), before)
+    check_claim(tmp_path, make_config())  # who has not read the rows does not ask
+    with pytest.raises(InputError, match="what the data section reads has changed since"):
+        claim(tmp_path, make_config(), after)
+    with pytest.raises(InputError, match="no such model directory"):  # the parent of a finished run was moved
+        check_claim(tmp_path, make_config(model={"path": str(tmp_path / "gone")}))
+
+
+@pytest.mark.parametrize("method", ["qtale", "random"])
+@pytest.mark.parametrize(
+    ("routing", "message"),
+    [
+        ({"always_on_layers": 9}, "always_on_layers=9 leaves no routed layer of"),
+        ({"always_on_tokens": 500}, "always_on_tokens=500 leaves no routed token of data.length="),
+        ({"always_on_layers": 1, "target": 0.05}, "target=0.05 is below what routing.always_on_layers=1 of"),
+    ],
+)
+def test_routing_that_cannot_be_is_refused(make_config, method, routing, message):
+    config = make_config(routing={"method": method, **routing}, model={"path": "a parent"})
+    parent = ModelSpecification(architecture=architecture_from(config.model.architecture, 60))
+    with pytest.raises(InputError, match=message):
+        extended_abstract(config, parent)
 
 
 def test_a_folder_that_is_being_trained_in_is_refused(tmp_path, make_config):
