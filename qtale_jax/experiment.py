@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         steps = [step for job in jobs for step in job.steps if not is_done(step)]
         check(steps, config.model.path, config.experiment.quantizers)
     execute(jobs, config)
-    report.run_stage(config)
+    report.run_stage(config, measured={step.output for job in jobs for step in job.steps if step.stage == "evaluate"})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Entry point: `python -m qtale_jax.report CONFIG` makes tables, plots and a page of OUTPUT's evaluations and logs."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import yaml
@@ -20,7 +20,7 @@ from qtale_jax.reporting.figures import all_figures
 from qtale_jax.reporting.logs import read_training
 from qtale_jax.reporting.page import Making, build_page
 from qtale_jax.reporting.paired import all_differences, several_seeds, write_differences
-from qtale_jax.reporting.results import read_evaluations, write_results, write_text
+from qtale_jax.reporting.results import evaluation_files, read_evaluations, write_results, write_text
 from qtale_jax.reporting.tables import all_tables, held_out_tables, quality_tables
 
 FILES = ("results.json", "report.md", "report.html", "README.md")
@@ -52,7 +52,13 @@ def _making(config: Config, command: str | None) -> Making:
     )
 
 
-def run_stage(config: Config, *, command: str | None = None, console: Console | None = None) -> Path:
+def run_stage(
+    config: Config,
+    *,
+    command: str | None = None,
+    console: Console | None = None,
+    measured: Collection[Path] | None = None,
+) -> Path:
     """Writes OUTPUT/results.json, report.md, report.html, the model card README.md and figures/*.svg.
 
     The main table and the paths are printed.
@@ -63,6 +69,8 @@ def run_stage(config: Config, *, command: str | None = None, console: Console | 
         config: `output` is the folder whose `evaluation/` and training logs are read, `experiment.title` the heading.
         command: shown as what made the report; default: the command that runs this process.
         console: where to print; default: standard output.
+        measured: evaluation files to report; others, of methods, seeds or settings that are asked no more, are left
+            out, and their number is said. Default: all.
 
     Returns:
         The path of the HTML page.
@@ -73,10 +81,13 @@ def run_stage(config: Config, *, command: str | None = None, console: Console | 
     # A log file has room for the table in one line per row; a terminal knows its own width.
     console = console or Console(width=None if sys.stdout.isatty() else 110)
     output = Path(config.output)
-    evaluations = read_evaluations(output / "evaluation")
+    evaluations = read_evaluations(output / "evaluation", measured)
     summaries = summarize(evaluations)
+    if left := len(evaluation_files(output / "evaluation")) - len(evaluations):
+        console.print(f"{output / 'evaluation'}: {left} files of other methods, seeds or settings are left out")
     runs = read_training(output, {evaluation.row.model for evaluation in evaluations})
-    held_out = summarize(read_evaluations(output / HELD_OUT)) if (output / HELD_OUT).is_dir() else []
+    asked = [file for file in evaluation_files(output / HELD_OUT) if measured is None or file in measured]
+    held_out = summarize(read_evaluations(output / HELD_OUT, asked)) if asked else []
     title, making = config.experiment.title, _making(config, command)
     results, markdown, page, card = (output / name for name in FILES)
     drawings = Drawings(summaries, runs)

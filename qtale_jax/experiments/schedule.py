@@ -95,13 +95,18 @@ class Running:
         command = [sys.executable, "-m", "qtale_jax.experiments.worker", str(file)]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the parent alone, whose SIGTERM lets a worker save
             )
 
     def last_line(self) -> str:
         """The newest line of the log."""
         lines = self.log.read_text(errors="replace").strip().splitlines()
-        return lines[-1][-100:] if lines else "starting"
+        return lines[-1] if lines else "starting"
 
 
 def execute_here(jobs: list[Job]) -> None:
@@ -199,7 +204,7 @@ def _view(jobs: list[Job], finished: dict[str, str], running: list[Running]) -> 
         elif job.name in active:
             worker = active[job.name]
             table.add_row(
-                "[yellow]running", job.name, f"{time.monotonic() - worker.started:.0f} s  {worker.last_line()}"
+                "[yellow]running", job.name, f"{time.monotonic() - worker.started:.0f} s  {worker.last_line()[-100:]}"
             )
         else:
             table.add_row("[dim]waiting", job.name, "")

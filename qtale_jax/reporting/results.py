@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
@@ -181,13 +181,18 @@ def read_evaluation(path: Path) -> Evaluation:
         raise InputError(f"{path}: {_explain(error, ResultRow.model_fields)}") from error
 
 
-def read_evaluations(folder: Path) -> list[Evaluation]:
-    """Reads every evaluation file under `folder`, at any depth, in the order of their names.
+def evaluation_files(folder: Path) -> list[Path]:
+    """Every evaluation file under `folder`, at any depth, in the order of their names."""
+    return sorted(path for path in folder.rglob("*.json") if not path.name.startswith("."))
+
+
+def read_evaluations(folder: Path, wanted: Collection[Path] | None = None) -> list[Evaluation]:
+    """Reads the evaluation files under `folder`, in the order of their names: those `wanted`, or all.
 
     Raises:
         InputError: there is none, one is malformed, or two of them measure the same thing.
     """
-    paths = sorted(path for path in folder.rglob("*.json") if not path.name.startswith("."))
+    paths = [path for path in evaluation_files(folder) if wanted is None or path in wanted]
     if not paths:
         raise InputError(
             f"{folder}: no evaluation found (*.json); run qtale_jax.evaluate or qtale_jax.experiment first"

@@ -1,9 +1,12 @@
 """Claims: what holds is called reproduced, what does not is not, by numbers written out here."""
 
+import io
+import json
 from pathlib import Path
 
 import pytest
 
+from qtale_jax.errors import InputError
 from qtale_jax.reporting.aggregate import summarize
 from qtale_jax.reporting.page import Making, build_page
 from qtale_jax.reporting.results import Evaluation
@@ -33,11 +36,11 @@ def measured(model, routing, fmt, point, seed, accuracy, ratio, **routed) -> Eva
     return Evaluation.model_validate({"row": row, "point": point, **routed})
 
 
-def study(qtale_3bit=(0.900, 0.902, 0.898), reach=0.7, gap=2.0, flips=0.2) -> list[Evaluation]:
-    """Dense 91 and 90 %; D-LLM 90 and 85 %, saturated; QTALE as given."""
+def study(qtale_3bit=(0.900, 0.902, 0.898), reach=0.7, gap=2.0, flips=0.2, stuck=0.55) -> list[Evaluation]:
+    """Dense 91 and 90 %; D-LLM 90 and 85 %, saturated, `stuck` at that ratio where .55 is asked; QTALE as given."""
     found = [measured("dense", "dense", fmt, "", 0, accuracy, 1.0) for fmt, accuracy in ((FULL, 0.91), (THREE, 0.90))]
     for seed in range(3):
-        for point, ratio, own in zip(POINTS, (0.50, 0.52, 0.55), (0.51, reach, 0.55), strict=True):
+        for point, ratio, own in zip(POINTS, (0.50, 0.52, stuck), (0.51, reach, 0.55), strict=True):
             for fmt, lost in ((FULL, 0.90), (THREE, 0.85)):
                 saturated = {"logit_gap_mean": 6.0, "flip_rate": 0.05}
                 found.append(measured("dllm", "dllm", fmt, point, seed, lost + seed / 1000, ratio, **saturated))
@@ -91,6 +94,17 @@ def test_a_mean_that_is_ahead_is_not_enough():
     assert numbers.startswith("+2.3 [-3.4, +8.1]") and verdict == "not reproduced"
 
 
+def test_models_that_execute_unlike_shares_are_not_compared():
+    verdict, numbers = one(verdicts(study(stuck=0.45)), "Ahead of D-LLM")
+    assert verdict == "not testable here" and numbers == "ratios are unlike: QTALE at 0.55, D-LLM at 0.45"
+
+
+def test_one_seed_does_not_tell():
+    found = verdicts([each for each in study() if each.row.seed == 0])
+    assert one(found, "Ahead of D-LLM") == ("not testable here", "+5.0 at ratio 0.55, one seed")
+    assert one(found, "Gap to the dense model")[0] == "not testable here"
+
+
 def test_without_both_methods_nothing_is_claimed():
     found = [each for each in study() if each.row.model != "dllm"]
     assert claims(summarize(found)) == [] and verdict_table(summarize(found)) is None
@@ -117,3 +131,23 @@ def test_the_stage_reads_the_held_out_evaluations(tmp_path: Path):
     run_stage(Config(output=str(tmp_path)), console=Console(quiet=True))
     text = (tmp_path / "report.md").read_text()
     assert "The paper's claims" in text and "Held-out tasks" in text
+
+
+def test_the_stage_reports_what_is_asked_for_and_says_what_it_leaves_out(tmp_path: Path):
+    from rich.console import Console
+
+    from qtale_jax.config.schema import Config
+    from qtale_jax.report import run_stage
+
+    (tmp_path / "evaluation").mkdir()
+    files = [tmp_path / "evaluation" / f"{number:03d}.json" for number in range(len(study()))]
+    for file, each in zip(files, study(), strict=True):
+        file.write_text(each.model_dump_json(exclude={"source"}))
+    stale = tmp_path / "evaluation" / "of-before.json"  # the same row as another file: of a setting that was changed
+    stale.write_text(files[0].read_text())
+    with pytest.raises(InputError, match="the same row.model"):
+        run_stage(Config(output=str(tmp_path)), console=Console(quiet=True))
+    console = Console(record=True, width=200, quiet=False, file=io.StringIO())
+    run_stage(Config(output=str(tmp_path)), console=console, measured=files)
+    assert "1 files of other methods, seeds or settings are left out" in console.export_text()
+    assert len(json.loads((tmp_path / "results.json").read_text())) == len(files)
