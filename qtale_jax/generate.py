@@ -10,19 +10,17 @@ from qtale_jax.config.schema import Config
 def dry_run(config: Config) -> None:
     """Prints the model and the lengths of the prompts, which have to fit into its context."""
     from qtale_jax import paths
-    from qtale_jax.artifact import StoredModel
     from qtale_jax.data.tokens import encode
     from qtale_jax.errors import InputError
+    from qtale_jax.model import read_headers
     from qtale_jax.models.describe import describe
     from qtale_jax.reporting.dry_run import print_dry_run
 
     settings = config.generate
     source = Path(settings.model or paths.newest(config))
-    model = StoredModel(source)
-    if model.tokenizer is None:
-        raise InputError(f"{source}: the model directory has no tokenizer")
-    lengths = [len(ids) for ids in encode(model.tokenizer, settings.prompts or ("",))]
-    longest, limit = max(lengths), model.spec.architecture.max_length
+    spec, tokenizer = read_headers(source)
+    lengths = [len(ids) for ids in encode(tokenizer, settings.prompts or ("",))]
+    longest, limit = max(lengths), spec.architecture.max_length
     if min(lengths) == 0:
         raise InputError("generate: an empty prompt needs a tokenizer with a beginning-of-sequence token")
     if longest + settings.max_new_tokens > limit:
@@ -31,7 +29,7 @@ def dry_run(config: Config) -> None:
         )
     prompts = f"{len(lengths)}, of up to {longest} tokens; {settings.max_new_tokens} new ones at most"
     how = "greedy" if settings.temperature == 0 else f"temperature {settings.temperature:g}, top-p {settings.top_p:g}"
-    print_dry_run("generate", {"model": str(source), **describe(model.spec), "prompts": prompts, "sampling": how}, [])
+    print_dry_run("generate", {"model": str(source), **describe(spec), "prompts": prompts, "sampling": how}, [])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike
 
-from qtale_jax.artifact import LoadedModel, load_model, save_model, weight_bytes
+from qtale_jax.artifact import LoadedModel, StoredModel, load_model, save_model, weight_bytes
 from qtale_jax.data.tokens import encode, encode_pairs
 from qtale_jax.errors import InputError
 from qtale_jax.evaluation.likelihood import Row, likelihoods, padded_length
@@ -342,10 +342,32 @@ def load(path: str | Path, *, compute_dtype: str = "float32") -> Model:
         InputError: missing or damaged.
     """
     folder = Path(path)
-    if (folder / "config.json").is_file() and not (folder / "model.json").exists():
+    if _is_huggingface(folder):
         from qtale_jax.models.huggingface import load_huggingface
 
         loaded = load_huggingface(folder)
     else:
         loaded: LoadedModel = load_model(folder)
     return Model(loaded.spec, loaded.params, loaded.tokenizer, loaded.provenance, compute_dtype)
+
+
+def read_headers(path: str | Path) -> tuple[ModelSpecification, Any]:
+    """Specification and tokenizer of what `load` would load, which is checked, and of which no weights are read.
+
+    Raises:
+        InputError: missing or damaged, or without a tokenizer.
+    """
+    folder = Path(path)
+    if _is_huggingface(folder):
+        from qtale_jax.models.huggingface import read_huggingface
+
+        found = read_huggingface(folder)
+    else:
+        found = StoredModel(folder)
+    if found.tokenizer is None:
+        raise InputError(f"{folder}: the model directory has no tokenizer")
+    return found.spec, found.tokenizer
+
+
+def _is_huggingface(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and not (folder / "model.json").exists()

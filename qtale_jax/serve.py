@@ -22,8 +22,8 @@ def dry_run(config: Config) -> None:
     import jax.numpy as jnp
 
     from qtale_jax import paths
-    from qtale_jax.artifact import StoredModel
     from qtale_jax.inference.pages import page_bytes
+    from qtale_jax.model import read_headers
     from qtale_jax.models.describe import describe
     from qtale_jax.reporting.dry_run import bytes_text, print_dry_run
 
@@ -32,19 +32,17 @@ def dry_run(config: Config) -> None:
 
     settings = config.serve
     source = Path(settings.model or paths.newest(config))
-    model = StoredModel(source)
-    if model.tokenizer is None:
-        raise InputError(f"{source}: the model directory has no tokenizer")
-    shape = _engine_options(settings).shape(model.spec)
+    spec, tokenizer = read_headers(source)
+    shape = _engine_options(settings).shape(spec)
     dtype = jnp.dtype("int8" if settings.kv_cache == "int8" else config.train.compute_dtype)
-    size = bytes_text(shape.pages * page_bytes(model.spec.architecture, dtype, shape.page))
-    template = chat_template(settings, model.tokenizer)
-    chat = template is not None or bool(getattr(model.tokenizer, "chat_template", None))
+    size = bytes_text(shape.pages * page_bytes(spec.architecture, dtype, shape.page))
+    template = chat_template(settings, tokenizer)
+    chat = template is not None or bool(getattr(tokenizer, "chat_template", None))
     with bound_socket(settings.host, settings.port) as listener:
         where = address(listener) if settings.port else f"http://{settings.host}, any free port"
     facts = {
         "model": str(source),
-        **describe(model.spec),
+        **describe(spec),
         "name": settings.name or source.name,
         "address": where,
         "requests": f"{shape.rows} at a time, {settings.queue} wait, of up to {shape.context} tokens",

@@ -15,6 +15,7 @@ from qtale_jax import command
 from qtale_jax.artifact import load_model, save_model, weight_bytes
 from qtale_jax.data import reasoning
 from qtale_jax.models.decoder import initialize
+from qtale_jax.models.huggingface import to_huggingface
 from qtale_jax.models.specification import Architecture, ModelSpecification, RoutingSpecification
 from qtale_jax.reporting.dry_run import bytes_text
 
@@ -212,6 +213,16 @@ def test_generate_checks_the_prompts(dry_run, models):
     assert code == 0 and facts(out)["prompts"] == "1, of up to 1 tokens; 4 new ones at most"
     code, _, err = dry_run("generate", "config.yaml", model, "generate.max_new_tokens=99", "--dry-run")
     assert code == 2 and "context of 32" in err
+
+
+def test_generate_and_serve_open_what_they_would_run(dry_run, models, tmp_path_factory):
+    exported = tmp_path_factory.mktemp("exported") / "model"
+    to_huggingface(models / "routed", exported)
+    for stage in ("generate", "serve"):
+        given = (f"{stage}.model={exported}", f"{stage}.max_new_tokens=4")
+        code, out, err = dry_run(stage, "config.yaml", *given, "--dry-run")
+        assert code == 0, err
+        assert "QTALE" in facts(out)["routing"]
 
 
 def test_experiment_lists_jobs(dry_run):

@@ -15,6 +15,7 @@ from qtale_jax.data import reasoning
 from qtale_jax.errors import InputError
 from qtale_jax.models.decoder import initialize
 from qtale_jax.models.forward import context_of, embed, forward, run_layers
+from qtale_jax.models.huggingface import read_huggingface, to_huggingface
 from qtale_jax.models.policy import Dense, Fixed
 from qtale_jax.models.specification import Architecture, ModelSpecification, RoutingSpecification
 from qtale_jax.training.dropping import block_influence, drop_layers, even_layers, layers_to_keep, most_influential
@@ -168,6 +169,13 @@ def test_what_was_dropped_is_counted_in_the_numbers_of_the_first_model(dense, tm
     assert spec.kept_share == 1.0
     save_model(tmp_path / "model", twice, kept)
     assert load_model(tmp_path / "model").spec == twice
+    to_huggingface(tmp_path / "model", tmp_path / "exported")
+    back = read_huggingface(tmp_path / "exported").spec
+    assert back.dropped_layers == (1, 2, 3) and back.routing is None
+    document = json.loads((tmp_path / "exported" / "qtale.json").read_text())
+    (tmp_path / "exported" / "qtale.json").write_text(json.dumps({**document, "dropped_layers": "1"}))
+    with pytest.raises(InputError, match="dropped_layers: found '1', allowed: a list of numbers"):
+        read_huggingface(tmp_path / "exported")
 
 
 def config(tmp_path, **drop) -> Config:

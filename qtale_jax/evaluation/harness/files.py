@@ -8,6 +8,9 @@ from qtale_jax.errors import InputError
 ROWS = (".json", ".jsonl")
 """Suffixes of files of rows."""
 
+FILES = (".yaml", ".yml", *ROWS)
+"""Suffixes of files; names of registered tasks have dots too."""
+
 
 def check_files(config: HarnessConfig) -> None:
     """Refuses files that are not there, and examples in prompts where only a file of rows is read.
@@ -17,7 +20,7 @@ def check_files(config: HarnessConfig) -> None:
     """
     for name in config.tasks:
         suffix = Path(name).suffix
-        if suffix in (".yaml", ".yml", *ROWS) and not Path(name).is_file():
+        if suffix in FILES and not Path(name).is_file():
             raise InputError(f"harness.tasks: {name}: no such file")
         if suffix in ROWS and config.num_fewshot:
             raise InputError(f"harness.num_fewshot={config.num_fewshot}: {name} has no other rows to show; allowed: 0")

@@ -175,4 +175,6 @@ def _counted(spec: ModelSpecification, execute: np.ndarray) -> Counted:
     padded[:, :width] = execute
     present = np.arange(padded.shape[1])[None, :] < width
     logits = jnp.zeros((*padded.shape[:2], 0, 2), jnp.float32)
-    return jax.device_get(count(jnp.asarray(padded), logits, jnp.asarray(present), padded.shape[1], spec.architecture))
+    eviction = spec.routing is None or spec.routing.eviction
+    counted = count(jnp.asarray(padded), logits, jnp.asarray(present), padded.shape[1], spec.architecture, eviction)
+    return jax.device_get(counted)

@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 from qtale_jax.config.schema import DataConfig, HarnessConfig
 from qtale_jax.data.sources import Choice, read
 from qtale_jax.errors import InputError, nearest
-from qtale_jax.evaluation.harness.files import check_files
+from qtale_jax.evaluation.harness.files import FILES, check_files
 
 ROWS = Path(__file__).with_name("rows.yaml")
 """The task that a file of {query, choices, gold} rows becomes."""
@@ -35,7 +35,7 @@ def load_tasks(config: HarnessConfig) -> dict[str, Any]:
         InputError: an unknown name, a missing or malformed file, or data that cannot be had.
     """
     check_files(config)
-    by_name = [name for name in config.tasks if not Path(name).suffix]
+    by_name = [name for name in config.tasks if Path(name).suffix not in FILES]
     if by_name and config.include_path is None:
         manager = _shipped_tasks()
     else:

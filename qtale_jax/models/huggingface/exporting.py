@@ -69,8 +69,8 @@ def to_huggingface(
 
     Adapters are merged and quantized weights restored on the way. Tied models have no `lm_head.weight`. Routed models
     get `routers.safetensors` and `qtale.json` beside, from which `read_huggingface` brings the routers back; to
-    transformers they are dense. README.md says what the model is and how both are opened. A model that came from
-    Hugging Face keeps its own config.json and tensor types.
+    transformers they are dense. What layers were taken out is in `qtale.json` too. README.md says what the model is and
+    how both are opened. A model that came from Hugging Face keeps its own config.json and tensor types.
 
     With `quantized="awq"` the linears keep their integers and zero points, packed as AutoAWQ (version gemm) does;
     symmetric ones get zero points in the middle. Everything else is written in float16, quantized embeddings, heads and
@@ -108,8 +108,10 @@ def to_huggingface(
         if model.tokenizer is not None:
             save_tokenizer(model.tokenizer, directory)
         routers = _router_tensors(model)
-        if model.spec.routing is not None:  # hashed routers have no tensors, but a way to decide
-            _write_routers(directory, model.spec, model.spec.routing, routers, restored=form is None)
+        if model.spec.routing is not None:
+            write_file(directory / ROUTERS, routers)  # hashed routers have no tensors, but a way to decide
+        if model.spec.routing is not None or model.spec.dropped_layers:
+            _write_json(directory / ROUTING, _beyond_config(model.spec, restored=form is None))
         card = checkpoint_card(Path(out).name, model.spec, model.provenance, packed=form is not None)
         (directory / "README.md").write_text(card, encoding="utf-8")
     return Written(model.spec, news, routers, files + ([ROUTERS] if routers else []), changed)
@@ -252,23 +254,17 @@ def _router_tensors(model: LoadedModel) -> list[NewTensor]:
     ]
 
 
-def _write_routers(
-    directory: Path,
-    spec: ModelSpecification,
-    routing: RoutingSpecification,
-    routers: list[NewTensor],
-    *,
-    restored: bool,
-) -> None:
-    """Writes the routers and, beside them, how they decide and what was `restored`, or packed."""
-    write_file(directory / ROUTERS, routers)
-    quantization = spec.quantization
-    document = {
+def _beyond_config(spec: ModelSpecification, *, restored: bool) -> dict[str, Any]:
+    """What config.json has no place for: how routers decide, what was `restored` or packed, layers taken out."""
+    routing, quantization = spec.routing, spec.quantization
+    if routing is not None and restored:
+        routing = _restored_routing(spec, routing)
+    return {
         "format": FORMAT,
-        "routing": (_restored_routing(spec, routing) if restored else routing).model_dump(mode="json"),
+        "routing": None if routing is None else routing.model_dump(mode="json"),
         "quantization": None if quantization is None else quantization.model_dump(mode="json"),
+        "dropped_layers": list(spec.dropped_layers),
     }
-    _write_json(directory / ROUTING, document)
 
 
 def _router(model: LoadedModel, path: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROUTERS, ROUTING = "routers.safetensors", "qtale.json"
-"""Files beside an exported model that bring its routers back."""
+"""Files beside an exported model that bring its routers back, and what else config.json has no place for."""
 
 Storage = Literal["float32", "bfloat16"]
 
@@ -124,8 +124,8 @@ def read_huggingface(source: str | Path, *, dtype: Storage | None = None) -> Che
     matrices = {linear.tensor: open_matrix(linear, stored) for linear in packed}
     quantization = specification_of({tensor.key: matrix for tensor, matrix in matrices.items()})
     storage = dtype or _lossless(stored[tensor.name] for tensor in floats if len(tensor.shape) == 2)
-    routing, exported = _read_routing(source)
-    spec = _specification(architecture, routing, quantization, storage, source)
+    beyond = _read_beyond_config(source)
+    spec = _specification(architecture, beyond, quantization, storage, source)
     flat = {tensor.parameter: _defer(tensor, stored[tensor.name], storage) for tensor in floats}
     for tensor, matrix in matrices.items():
         flat |= {f"{tensor.node}/quantized/{name}": leaf for name, leaf in matrix.leaves().items()}
@@ -136,8 +136,8 @@ def read_huggingface(source: str | Path, *, dtype: Storage | None = None) -> Che
         original["left_out"] = asdict(left_out)
         log.warning("%s: %s are left out; the model takes text alone", source, left_out)
     provenance = {"stage": "convert", "huggingface": original}
-    if exported:
-        provenance["dequantized_from" if quantization is None else "packed_from"] = exported
+    if beyond.exported:
+        provenance["dequantized_from" if quantization is None else "packed_from"] = beyond.exported
     return Checkpoint(spec, nest(flat), load_tokenizer(source), provenance)
 
 
@@ -211,13 +211,27 @@ def _generation_config(source: Path) -> dict[str, Any]:
     return {"generation_config": read_json(file)} if file.is_file() else {}
 
 
-def _read_routing(source: Path) -> tuple[RoutingSpecification | None, dict[str, Any] | None]:
+@dataclass(frozen=True)
+class _BeyondConfig:
+    """What an exported model has besides its config.json: routing, quantization that was undone, layers taken out."""
+
+    routing: RoutingSpecification | None = None
+    exported: dict[str, Any] | None = None
+    dropped_layers: tuple[int, ...] = ()
+
+
+def _read_beyond_config(source: Path) -> _BeyondConfig:
     file = source / ROUTING
     if not file.is_file():
-        return None, None
+        return _BeyondConfig()
     document = read_json(file)
     try:
-        return RoutingSpecification.model_validate(document["routing"]), document.get("quantization")
+        given = document["routing"]
+        dropped = document.get("dropped_layers", [])
+        if not isinstance(dropped, list) or not all(type(layer) is int for layer in dropped):
+            raise InputError(f"{file}: dropped_layers: found {dropped!r:.80}, allowed: a list of numbers")
+        routing = None if given is None else RoutingSpecification.model_validate(given)
+        return _BeyondConfig(routing, document.get("quantization"), tuple(dropped))
     except KeyError as error:
         raise InputError(f"{file}: key {error} is missing") from error
     except ValidationError as error:
@@ -228,13 +242,20 @@ def _read_routing(source: Path) -> tuple[RoutingSpecification | None, dict[str, 
 
 def _specification(
     architecture: Architecture,
-    routing: RoutingSpecification | None,
+    beyond: _BeyondConfig,
     quantization: QuantizationSpecification | None,
     storage: Storage,
     source: Path,
 ) -> ModelSpecification:
+    routing = beyond.routing
     try:
-        spec = ModelSpecification(architecture=architecture, routing=routing, quantization=quantization, dtype=storage)
+        spec = ModelSpecification(
+            architecture=architecture,
+            routing=routing,
+            quantization=quantization,
+            dtype=storage,
+            dropped_layers=beyond.dropped_layers,
+        )
     except ValidationError as error:
         raise InputError(f"{source / ROUTING}: {error.errors()[0]['msg']}") from error
     for bits, thresholds in (routing.thresholds if routing else {}).items():

@@ -10,7 +10,7 @@ from qtale_jax.data import reasoning
 from qtale_jax.errors import InputError
 from qtale_jax.evaluation import likelihood
 from qtale_jax.evaluation.harness.adapter import HarnessModel
-from qtale_jax.evaluation.harness.generation import first_stop, tokens_until, width_class
+from qtale_jax.evaluation.harness.generation import _counted, first_stop, tokens_until, width_class
 from qtale_jax.evaluation.likelihood import Row, likelihoods
 from qtale_jax.inference.policies import inference_policy
 from qtale_jax.models.decoder import initialize
@@ -154,6 +154,15 @@ def test_generation_does_not_depend_on_the_batch_and_is_counted_once(small):
     assert max(lengths) <= 8 and together.counts["task"].truncated == 0
     assert found.tokens == sum(lengths) + 3 * 39
     assert 0 < found.executed[2] < found.tokens
+
+
+def test_without_eviction_generation_counts_the_keys_of_skipped_tokens(small):
+    execute = np.random.default_rng(3).random((1, 9, 3)) < 0.5
+    routing = small.spec.routing.model_copy(update={"eviction": False})
+    whole = _counted(small.spec.model_copy(update={"routing": routing}), execute)
+    seen = np.arange(1, 10)[None, :, None]
+    np.testing.assert_array_equal(whole.keys, np.sum(execute * seen, axis=(0, 1)))
+    assert np.all(_counted(small.spec, execute).keys < whole.keys)
 
 
 @pytest.mark.parametrize(

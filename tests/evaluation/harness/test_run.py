@@ -86,6 +86,11 @@ def test_files_of_rows_and_yaml_files_become_tasks(tmp_path):
     [
         (["gone.jsonl"], {}, "gone.jsonl: no such file"),
         (["gone.yaml"], {}, "gone.yaml: no such file"),
+        (
+            ["longproc_countdown_0.6k"],
+            {},
+            r"'longproc_countdown_0.6k' is unknown.*did you mean 'longproc_countdown_0.5k'",
+        ),
         (["rows.jsonl", "rows.jsonl"], {"num_fewshot": 2}, "num_fewshot=2: rows.jsonl"),
         (["bad.jsonl"], {}, "bad.jsonl, line 1: 'gold' has to be an index"),
         (["bad.yaml"], {}, "'bad.yaml' cannot be loaded.*without network give a file"),
