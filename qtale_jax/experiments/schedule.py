@@ -146,7 +146,7 @@ def execute(jobs: list[Job], config: Config) -> None:
     running: list[Running] = []
     finished: dict[str, str] = {name: "done before" for name in sorted(done)}
     console = Console(stderr=True)
-    with _sigterm_as_exit(), Live(console=console, auto_refresh=False, transient=False) as live:
+    with _signals_as_exit(), Live(console=console, auto_refresh=False, transient=False) as live:
         try:
             while waiting or running:
                 for job in [j for j in waiting if set(j.needs) <= set(finished)]:
@@ -174,20 +174,27 @@ def execute(jobs: list[Job], config: Config) -> None:
 
 
 @contextlib.contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
-    """Turns SIGTERM into an exception, so that workers are not left behind; only the main thread can."""
+def _signals_as_exit() -> Iterator[None]:
+    """Turns SIGTERM, and the end of the terminal, into an exception, so that workers are not left behind.
+
+    Only the main thread can. A hangup that is ignored, as under `nohup`, stays so.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def leave(*_: object) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
 
-    previous = signal.signal(signal.SIGTERM, leave)
+    ending = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        ending.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, leave) for number in ending}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _say(console: Console, text: str) -> None:

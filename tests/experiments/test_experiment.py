@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -67,7 +68,12 @@ def test_an_experiment_runs_once_and_then_only_reports(tmp_path, run_module, run
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
-def test_sigterm_leaves_no_worker_behind(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGHUP, 128 + signal.SIGHUP), (signal.SIGINT, 130)],
+)
+def test_no_signal_leaves_workers_behind_or_hits_them_from_the_terminal(tmp_path, number, code):
+    """Workers get SIGTERM from the experiment, whereupon they save; Ctrl-C would end them where they are."""
     config = {
         "output": str(tmp_path / "run"),
         "data": {"kind": "reasoning", "path": str(tmp_path / "data"), "length": 20},
@@ -78,13 +84,14 @@ def test_sigterm_leaves_no_worker_behind(tmp_path):
     }
     (tmp_path / "endless.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "qtale_jax.experiment", str(tmp_path / "endless.yaml")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr is not None
         assert next(line for line in process.stderr if "base: started" in line)
         assert workers(tmp_path)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=120) == 128 + signal.SIGTERM
+        os.killpg(process.pid, number)  # as a terminal does: to all that it knows of
+        assert process.wait(timeout=120) == code
     assert not workers(tmp_path)
+    assert "nterrupt" not in (tmp_path / "run" / "jobs" / "base.log").read_text()
 
 
 def workers(folder: Path) -> list[str]:
