@@ -85,19 +85,23 @@ def test_no_signal_leaves_workers_behind_or_hits_them_from_the_terminal(tmp_path
     (tmp_path / "endless.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "qtale_jax.experiment", str(tmp_path / "endless.yaml")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        assert process.stderr is not None
-        assert next(line for line in process.stderr if "base: started" in line)
-        assert workers(tmp_path)
-        os.killpg(process.pid, number)  # as a terminal does: to all that it knows of
-        assert process.wait(timeout=120) == code
+        try:
+            assert process.stderr is not None
+            assert next(line for line in process.stderr if "base: started" in line)
+            while not (found := workers(tmp_path)):  # a process has no command line while its program is put in place
+                assert process.poll() is None
+            assert all(os.getpgid(worker) != process.pid for worker in found)
+            os.killpg(process.pid, number)  # as a terminal does: to all that it knows of
+            assert process.wait(timeout=120) == code
+        finally:  # a test that fails waits for no endless training
+            process.terminate()
     assert not workers(tmp_path)
-    assert "nterrupt" not in (tmp_path / "run" / "jobs" / "base.log").read_text()
 
 
-def workers(folder: Path) -> list[str]:
-    """Command lines of processes that work on jobs in `folder`."""
-    found = []
+def workers(folder: Path) -> list[int]:
+    """Processes that work on jobs in `folder`."""
+    found = {}
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it may have ended
-            found.append(file.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-    return [line for line in found if "experiments.worker" in line and str(folder) in line]
+            found[int(file.parent.name)] = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return [number for number, line in found.items() if "experiments.worker" in line and str(folder) in line]
