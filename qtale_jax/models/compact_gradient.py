@@ -66,7 +66,7 @@ class _Kept:
     tree: Any = field(metadata={"static": True})
 
 
-def _run(
+def _compacted(
     function: Function,
     selection: Selection,
     shared: Any,
@@ -93,7 +93,8 @@ def _run(
     return jax.lax.switch(selection.index, [functools.partial(run, size) for size in selection.sizes])
 
 
-compacted = jax.custom_vjp(_run, nondiff_argnums=(0,))
+compacted = jax.custom_vjp(_compacted, nondiff_argnums=(0,))
+"""`_compacted` with its own gradient."""
 
 
 def _is_primal(x: Any) -> bool:
@@ -119,6 +120,7 @@ def _forward(function: Function, *arguments: Any) -> tuple[Array, _Kept]:
 
         out, pullback = jax.vjp(of_moving, [x for x, moves in zip(given, moving, strict=True) if moves])
         needed, structure = jax.tree.flatten(pullback)
+        # Inputs that a pullback needs are among its leaves as they are. (Otherwise they would be copied, no worse.)
         places = {id(leaf): place for place, leaf in enumerate(leaves)}
         where = tuple(places.get(id(leaf)) for leaf in needed)
         own = [leaf for leaf, place in zip(needed, where, strict=True) if place is None]

@@ -98,6 +98,16 @@ def test_values_are_those_of_masked_execution(model, rows, masked, policy, share
     assert found[0] == pytest.approx(float(loss), abs=1e-4)
 
 
+def test_layers_may_differ_in_what_they_see(make_spec, make_params, rows):
+    """Windows and rotations of local layers are taken along."""
+    windows = {"sliding_window": 3, "global_layers": (1,), "local_rope_theta": 50.0}
+    spec = make_spec(routing={"always_on_layers": 0, "always_on_tokens": 1}, num_layers=2, **windows)
+    params = stack_layers(spec, make_params(spec))
+    run = jax.jit(loss_of(spec, params, rows, POLICIES["sampled"]))
+    masked, found = (run(split(params)[0], skipping) for skipping in (None, Skipping(jax.random.key(5), 0.1)))
+    assert found[0] == pytest.approx(float(masked[0]), abs=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "remat"), [("sampled", "none"), ("sampled", "dots"), ("sampled", "full"), ("chosen", "none")]

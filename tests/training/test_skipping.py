@@ -70,10 +70,13 @@ def test_a_mesh_takes_the_steps_of_one_device(trainer, whole):
         np.testing.assert_allclose(many.state.trainable[name], leaf, atol=1e-5, err_msg=name)
 
 
-def test_dropout_and_rounding_go_with_it(trainer, whole):
+def test_dropout_rounding_and_bfloat16_go_with_it(trainer, whole):
     """Adapters' dropout draws for the tokens that are there, weights are rounded before a layer is run."""
-    dropping = reluctant(trainer(**skipping(0.25), lora={"dropout": 0.5}))
-    rounding = reluctant(trainer(**skipping(0.25, quantization_aware={"formats": [{"bits": 4}], "every": 1})))
-    for run in (dropping, rounding):
+    aware = {"formats": [{"bits": 4}], "every": 1}
+    runs = [
+        trainer(**skipping(0.25), lora={"dropout": 0.5}),
+        trainer(**skipping(0.25, quantization_aware=aware, compute_dtype="bfloat16")),
+    ]
+    for run in map(reluctant, runs):
         losses = [float(run.advance(whole)["loss"]) for _ in range(2)]
         assert np.isfinite(losses).all() and losses[0] != losses[1]
