@@ -45,25 +45,25 @@ class Step:
         rows, length = config.train.batch_size, config.data.length
         mesh = build_mesh(config.mesh, jax.devices()[:1])
         with jax.set_mesh(mesh):
-            self._start = prepare(config, mesh, jax.random.key(0))
+            self.start = prepare(config, mesh, jax.random.key(0))
             optimizer = build_optimizer(config.train.optimizer, 100)
-            self._state = place_state(self._start, optimizer, mesh)
+            self.state = place_state(self.start, optimizer, mesh)
             ids = np.random.default_rng(0).integers(3, 32000, (rows, length)).astype(np.int32)
             ones = np.ones((rows, length), np.int32)
             batch = {"tokens": ids, "targets": np.roll(ids, -1, 1), "weights": ones.astype(np.float32)}
-            self._batch = sharded_batch(mesh, batch | {"segment_ids": ones})
-            step = jax.jit(TrainStep(self._start.spec, config, optimizer, 100), donate_argnums=0)
-            lowered = step.lower(self._state, self._start.frozen, None, self._batch, jax.random.key(1))
+            self.batch = sharded_batch(mesh, batch | {"segment_ids": ones})
+            step = jax.jit(TrainStep(self.start.spec, config, optimizer, 100), donate_argnums=0)
+            lowered = step.lower(self.state, self.start.frozen, None, self.batch, jax.random.key(1))
             since = time.perf_counter()
             self._compiled = lowered.compile()
             self.compile_seconds = time.perf_counter() - since
         self.tokens = rows * length
-        self.flops = StepShapes(config, self._start.spec, 1).products(rows).flops
-        self.parameters = sum(leaf.size for leaf in [*self._start.trainable.values(), *self._start.frozen.values()])
+        self.flops = StepShapes(config, self.start.spec, 1).products(rows).flops
+        self.parameters = sum(leaf.size for leaf in [*self.start.trainable.values(), *self.start.frozen.values()])
 
     def __call__(self) -> jax.Array:
         """Takes a step; returns its loss."""
-        self._state, metrics = self._compiled(self._state, self._start.frozen, None, self._batch, jax.random.key(1))
+        self.state, metrics = self._compiled(self.state, self.start.frozen, None, self.batch, jax.random.key(1))
         return metrics["loss"]
 
 

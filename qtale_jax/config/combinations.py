@@ -19,6 +19,7 @@ def check_combinations(config: Config) -> None:
     """
     _check_batch(config)
     _check_trainable(config)
+    _check_skipping(config)
     _check_drop(config)
     _check_rouge(config)
     _check_budget(config)
@@ -91,6 +92,22 @@ def _check_trainable(config: Config) -> None:
         raise ValueError(
             f"train.distillation.{name}={getattr(train.distillation, name):g} needs a dense model to distil from; "
             f"allowed: model.path, or {name} 0"
+        )
+
+
+def _check_skipping(config: Config) -> None:
+    share, routing = config.train.skipped_share, config.routing
+    if share is None:
+        return
+    if routing.method in ("dense", "random"):
+        raise ValueError(
+            f"train.skipped_share={share:g} does not go with routing.method={routing.method!r}, which has no routers "
+            "that learn; allowed: dllm, qtale or mod, or train.skipped_share=null"
+        )
+    if not routing.eviction:
+        raise ValueError(
+            f"train.skipped_share={share:g} does not go with routing.eviction=false, where every token's keys and "
+            "values are seen; allowed: routing.eviction=true, or train.skipped_share=null"
         )
 
 

@@ -78,6 +78,12 @@ class TrainConfig(Section):
     compute_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="type of matmuls outside float32 islands"
     )
+    skipped_share: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="training skips: share of the skipped tokens that are computed, for routers to learn; none: masked",
+    )
     remat: Literal["none", "dots", "full"] = Field(default="none", description="what the backward pass recomputes")
     log_every: Positive = Field(default=20, description="steps between log lines")
     wandb_project: str | None = Field(

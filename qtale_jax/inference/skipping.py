@@ -3,20 +3,19 @@
 In decode the rows of a batch that execute a layer are gathered, in prefill the tokens of each row; the layer runs on
 them and its results go back to where they came from. How many there are is known only at run time, so `lax.switch`
 chooses among programs for fixed sizes, 0 and all among them: nothing is compiled again, and a layer that nobody
-executes is not run at all. (`vmap` of a `lax.cond` would compute both branches for everyone.)
+executes is not run at all.
 """
 
 import functools
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from qtale_jax.inference.paged_attention import Fresh, Kept, attend_pages
 from qtale_jax.inference.pages import stored
+from qtale_jax.models.compaction import Compaction, static_sizes
 from qtale_jax.models.decoder import Block
 from qtale_jax.models.rotary import rotary_tables
 
@@ -40,42 +39,7 @@ but a few draws in a thousand. More sizes would waste less and take longer to co
 
 def sizes(total: int, shares: tuple[float, ...]) -> tuple[int, ...]:
     """Ascending static sizes: 0 and the shares of `total`, rounded up."""
-    return (0, *sorted({math.ceil(total * share) for share in shares}))
-
-
-@dataclass(frozen=True)
-class Compaction:
-    """Where the entries that execute stand along one axis, and how to take them out and put them back."""
-
-    execute: Bool[Array, "b t"]
-    order: Int[Array, "b t"]
-    rank: Int[Array, "b t"]
-    axis: int
-
-    @classmethod
-    def of(cls, execute: Bool[Array, "b t"], axis: int) -> "Compaction":
-        """Entries that execute come first, in their order."""
-        order = jnp.argsort(~execute, axis=axis, stable=True)
-        return cls(execute, order, jnp.maximum(jnp.cumsum(execute, axis=axis, dtype=jnp.int32) - 1, 0), axis)
-
-    @property
-    def most(self) -> Int32[Array, ""]:
-        """Entries that have to fit."""
-        return jnp.max(jnp.sum(self.execute, axis=self.axis, dtype=jnp.int32))
-
-    def gather(self, x: Array, size: int) -> Array:
-        """The first `size` entries of x, those that execute before all others."""
-        index = jax.lax.slice_in_dim(self.order, 0, size, axis=self.axis)
-        return jnp.take_along_axis(x, _expanded(index, x.ndim), axis=self.axis)
-
-    def spread(self, x: Array, rest: Array) -> Array:
-        """Entries that execute from x, where `gather` has put them, all others from `rest`."""
-        found = jnp.take_along_axis(x, _expanded(self.rank, x.ndim), axis=self.axis, mode="clip")
-        return jnp.where(_expanded(self.execute, x.ndim), found, rest)
-
-
-def _expanded(x: Array, ndim: int) -> Array:
-    return x.reshape(x.shape + (1,) * (ndim - x.ndim))
+    return (0, *static_sizes(total, shares))
 
 
 def run_compact(
@@ -164,5 +128,5 @@ def _full(compaction: Compaction, own: Fresh, size: int) -> Fresh:
     """Compact keys and values in the shape that all branches return."""
     if compaction.axis == ROWS:
         return jax.tree.map(lambda leaf: compaction.spread(leaf, jnp.zeros((), leaf.dtype)), own)
-    missing = compaction.execute.shape[TOKENS] - size
+    missing = compaction.chosen.shape[TOKENS] - size
     return jax.tree.map(lambda leaf: jnp.pad(leaf, [(0, 0), (0, missing)] + [(0, 0)] * (leaf.ndim - 2)), own)

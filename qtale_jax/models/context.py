@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from qtale_jax.models.attention import in_window
+from qtale_jax.models.compaction import Take
 from qtale_jax.models.rotary import rotary_tables
 from qtale_jax.models.specification import Architecture
 
@@ -76,3 +77,12 @@ class Context:
             is_local = jnp.take(kinds, layer)
             tables, causal = jax.tree.map(functools.partial(jnp.where, is_local), self.local, everywhere)
         return dataclasses.replace(self, tables=tables, causal=causal, local=None)
+
+    def taken(self, take: Take) -> "Context":
+        """The context of some tokens among themselves, from that of whole sequences as `at_layer` gives it."""
+        assert self.local is None, "taken from what one layer sees"
+        positions = take(self.positions)
+        causal = jnp.swapaxes(take(jnp.swapaxes(take(self.causal), 1, 2)), 1, 2)
+        own = jnp.broadcast_to(jnp.eye(positions.shape[1], dtype=jnp.bool_), causal.shape)
+        tables = (take(self.tables[0]), take(self.tables[1]))
+        return Context(tables, causal, own, take(self.present), take(self.tokens), positions)

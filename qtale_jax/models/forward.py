@@ -1,7 +1,7 @@
 """The forward pass: pure functions over a nested dict of arrays, for any route policy and either parameter layout.
 
 This is masked execution: every layer is computed for every token and its result kept where the token executes. It is
-the reference that anything which really skips is tested against.
+the reference that anything which really skips is tested against, as training does on request (`models.skipping`).
 """
 
 import functools
@@ -15,10 +15,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from qtale_jax.models.attention import softcapped
+from qtale_jax.models.compact_gradient import KEPT, Function, compacted
 from qtale_jax.models.context import Context
 from qtale_jax.models.decoder import LayerCache, Parameters, skeleton
 from qtale_jax.models.policy import Dense, ExpertChoice, Policy, Sampled, decide, probability
 from qtale_jax.models.router import hashed_logits
+from qtale_jax.models.skipping import Selection, Skipping, weighted
 from qtale_jax.models.specification import ModelSpecification
 from qtale_jax.models.stacking import is_stacked, stacks
 from qtale_jax.parallel.axes import constrain
@@ -125,7 +127,22 @@ def route(block, hidden, context, initial, policy, routed, layer):
 
 
 def _run_block(
-    params, hidden, cache, *, layer, routed, kind, conditional, spec, context, initial, policy, dropout_key, transform
+    params,
+    hidden,
+    cache,
+    *,
+    layer,
+    routed,
+    kind,
+    conditional,
+    spec,
+    context,
+    initial,
+    policy,
+    dropout_key,
+    transform,
+    skipping,
+    remat,
 ):
     """One layer: route, run, keep. `layer` and `routed` may be traced; `kind` is a static layer of its make."""
     params = transform(params, layer) if transform else params
@@ -135,6 +152,15 @@ def _run_block(
     seen = context.at_layer(spec.architecture, layer)
 
     through_eviction = isinstance(policy, Sampled | ExpertChoice) and policy.eviction_gradient
+
+    if skipping is not None and gate is not None:
+        key_of_layer = jax.random.fold_in(skipping.key, layer)
+        selection = Selection.of(execute, seen.present, skipping.share, key_of_layer)
+        some = _checkpointed(_block_of_some(spec, kind, through_eviction), "dots" if remat == "dots" else "none", (0,))
+        router, shared = ({name: params[name] for name in params if (name == "router") == of} for of in (True, False))
+        rest = (router, seen, execute, key)
+        hidden = compacted(some, selection, shared, hidden, weighted(gate, selection.weight), rest)
+        return constrain(hidden, "batch", "length", "activation_embed"), cache, (logits, execute, gate)
 
     def run():
         return block(hidden, seen, execute, gate, cache, key, through_eviction)
@@ -149,11 +175,25 @@ def _run_block(
     return constrain(hidden, "batch", "length", "activation_embed"), cache, (logits, execute, gate)
 
 
-def _checkpointed(function, remat: Remat):
+def _block_of_some(spec: ModelSpecification, kind: int, through_eviction: bool) -> Function:
+    """The block for the tokens that are taken, as `compacted` calls it."""
+
+    def run(take, shared, hidden, gate, rest):
+        router, context, execute, key = rest
+        block = merge(skeleton(spec).layers[kind], shared | router)
+        return block(hidden, context.taken(take), take(execute), gate, None, key, through_eviction)[0]
+
+    return run
+
+
+def _checkpointed(function, remat: Remat, static: tuple[int, ...] = ()):
     if remat == "none":
         return function
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-    return jax.checkpoint(function, policy=policy, prevent_cse=False)
+    policies = jax.checkpoint_policies
+    saved = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(KEPT)
+    )
+    return jax.checkpoint(function, policy=saved if remat == "dots" else None, prevent_cse=False, static_argnums=static)
 
 
 def run_layers(
@@ -167,6 +207,7 @@ def run_layers(
     dropout_key: PRNGKeyArray | None = None,
     remat: Remat = "none",
     layer_transform: Callable[[Parameters, Array | int], Parameters] | None = None,
+    skipping: Skipping | None = None,
 ) -> tuple[Float[Array, "b t d"], Routing, Float[Array, "b t r"] | None, dict[int, LayerCache]]:
     """Runs all layers; scans over stacked parameters, unrolls the other layout (the only one with caches)."""
     always_on = len(stacks(spec).get("always_on", ()))
@@ -178,6 +219,8 @@ def run_layers(
         policy=policy,
         dropout_key=dropout_key,
         transform=layer_transform,
+        skipping=skipping,
+        remat=remat,
     )
     records, kept = [], {}
     if is_stacked(params):
@@ -225,8 +268,12 @@ def run_trunk(
     remat: Remat = "none",
     dropout_key: PRNGKeyArray | None = None,
     layer_transform: Callable[[Parameters, Array | int], Parameters] | None = None,
+    skipping: Skipping | None = None,
 ) -> tuple[Float[Array, "b t d"], Routing, Float[Array, "b t r"] | None]:
     """Everything before the final norm and the head; arguments as in `forward`.
+
+    With `skipping` a policy that gives gates is not executed masked: layers compute the tokens that execute and a
+    sample of the others (`models.skipping`), with the same result up to rounding. It needs eviction.
 
     Returns:
         Residual stream after the last layer, routing, gates (None unless the policy samples).
@@ -244,6 +291,7 @@ def run_trunk(
         dropout_key,
         remat,
         layer_transform,
+        skipping,
     )[:3]
 
 

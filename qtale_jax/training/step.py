@@ -14,6 +14,7 @@ from qtale_jax.config.schema import Config
 from qtale_jax.models.decoder import Parameters
 from qtale_jax.models.forward import positions_of, run_trunk
 from qtale_jax.models.policy import Dense, gap
+from qtale_jax.models.skipping import Skipping
 from qtale_jax.models.specification import ModelSpecification
 from qtale_jax.training import head, objective
 from qtale_jax.training.aim import aim_of, training_policy
@@ -73,6 +74,7 @@ class TrainStep:
             spec = spec.model_copy(update={"lora": None})
             transform = quantizer_transform(config.train.quantization_aware, step, jax.random.fold_in(run_key, 0))
         aim = aim_of(config.routing, spec, step, self.steps, jax.random.fold_in(run_key, 1)) if spec.routing else None
+        share = config.train.skipped_share
         hidden, routing, gates = self.trunk(
             spec,
             params,
@@ -81,6 +83,7 @@ class TrainStep:
             policy=training_policy(config.routing, aim, route_key) if aim else Dense(),
             dropout_key=dropout_key if spec.lora else None,
             layer_transform=transform,
+            skipping=Skipping(jax.random.fold_in(key, 2), share) if share else None,
         )
         dense = None
         if teacher is not None:

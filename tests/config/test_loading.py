@@ -127,6 +127,17 @@ def test_bad_keys_and_values_name_place_found_and_allowed(load, tmp_path, text, 
         ("mesh: {fsdp: -1}", "mesh: only one axis can be -1"),
         ("routing: {method: dense}\ntrain: {parameters: routers}", "train.parameters='routers' does not go with"),
         ("routing: {method: dense}\nlora: null", "leaves nothing to train"),
+        (
+            "routing: {method: dense}\ntrain: {skipped_share: 0.25}",
+            "train.skipped_share=0.25 does not go with routing.method='dense', which has no routers that learn; "
+            "allowed: dllm, qtale or mod, or train.skipped_share=null",
+        ),
+        ("routing: {method: random}\ntrain: {skipped_share: 1}", "does not go with routing.method='random'"),
+        (
+            "routing: {eviction: false}\ntrain: {skipped_share: 0.25}",
+            "train.skipped_share=0.25 does not go with routing.eviction=false, where every token's keys and values",
+        ),
+        ("train: {skipped_share: 0}", "train.skipped_share: found 0; allowed: number > 0, <= 1 or null"),
         ("train: {distillation: {weight: 2}}", "train.distillation.weight=2 needs a dense model"),
         (
             "model: {architecture: {rope_scaling: {kind: linear, original_length: 64}}}",

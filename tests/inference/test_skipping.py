@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qtale_jax.inference.paged_attention import Kept
 from qtale_jax.inference.pages import empty_pages
-from qtale_jax.inference.skipping import ROW_SHARES, ROWS, TOKEN_SHARES, TOKENS, Compaction, run_compact, sizes
+from qtale_jax.inference.skipping import ROW_SHARES, ROWS, TOKEN_SHARES, TOKENS, run_compact, sizes
 from qtale_jax.models.decoder import skeleton
 from qtale_jax.models.forward import merge
 
@@ -21,23 +21,6 @@ def test_sizes_go_from_nothing_to_all(total, shares):
     found = sizes(total, shares)
     assert found[0] == 0 and found[-1] == total
     assert list(found) == sorted(set(found)) and len(found) <= len(shares) + 1
-
-
-@given(st.lists(st.booleans(), min_size=12, max_size=12), st.sampled_from([ROWS, TOKENS]))
-def test_what_is_gathered_comes_back(mask, axis):
-    shape = (12, 1) if axis == ROWS else (2, 6)
-    execute = np.array(mask).reshape(shape)
-    x = np.random.default_rng(0).normal(size=(*shape, 3)).astype(np.float32)
-    compaction = Compaction.of(jnp.asarray(execute), axis)
-    most = int(compaction.most)
-    assert most == execute.sum(axis).max()
-    gathered = np.asarray(compaction.gather(jnp.asarray(x), most))
-    for row in range(shape[1 - axis]):
-        line, taken = np.take(x, row, 1 - axis), np.take(execute, row, 1 - axis)
-        np.testing.assert_array_equal(np.take(gathered, row, 1 - axis)[: taken.sum()], line[taken])
-    if most:
-        spread = compaction.spread(2 * jnp.asarray(gathered), jnp.asarray(x))
-        np.testing.assert_array_equal(spread, np.where(execute[:, :, None], 2 * x, x))
 
 
 def dots(jaxpr) -> int:
