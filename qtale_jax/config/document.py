@@ -6,7 +6,7 @@ so that a message can name it.
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,8 +132,10 @@ def merge(base: Any, over: Any) -> Any:
     merged = _merge(base, over)
     if isinstance(over, dict):
         routing = over.get("routing")
-        if isinstance(routing, dict) and "method" in routing and "entropy_weight" not in routing:
-            drop_entropy_weight(merged)
+        if isinstance(routing, dict) and "method" in routing:
+            train = over.get("train")
+            given = {("routing", name) for name in routing} | {("train", name) for name in train or ()}
+            drop_refused(merged, given)
         experiment = merged.get("experiment")
         if isinstance(experiment, dict) and isinstance(experiment.get("methods"), dict):
             methods = experiment["methods"]
@@ -148,12 +150,15 @@ def _merge(base: Any, over: Any) -> Any:
     return merged | {key: _merge(base.get(key), value) for key, value in over.items()}
 
 
-def drop_entropy_weight(values: dict[str, Any]) -> None:
-    """Removes `routing.entropy_weight` where `routing.method` refuses it."""
-    routing = values["routing"]
+def drop_refused(values: dict[str, Any], given: Collection[tuple[str, ...]]) -> None:
+    """Removes keys that a new `routing.method` has no use for, unless they are `given` together with it."""
+    routing, train = values["routing"], values.get("train")
     weight, method = routing.get("entropy_weight"), routing.get("method")
-    if (method == "dllm" and weight != 0) or (method == "qtale" and weight == 0):
+    refused = (method == "dllm" and weight != 0) or (method == "qtale" and weight == 0)
+    if refused and ("routing", "entropy_weight") not in given:
         routing.pop("entropy_weight", None)
+    if method in ("dense", "random") and isinstance(train, dict) and ("train", "skipped_share") not in given:
+        train.pop("skipped_share", None)
 
 
 def parse_assignment(text: str) -> tuple[KeyPath, Any]:

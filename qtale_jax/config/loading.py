@@ -11,7 +11,7 @@ from qtale_jax.config.document import (
     COMMAND_LINE,
     Document,
     assign,
-    drop_entropy_weight,
+    drop_refused,
     merge,
     parse_assignment,
     read_document,
@@ -50,7 +50,8 @@ def with_overrides(config: Config, overrides: Overrides, *, source: str = "overr
         config: what to start from; only the values that were set explicitly are inherited as such, so that defaults
             which depend on others stay defaults.
         overrides: a nested mapping, merged key by key, or a list of `key=value`, each replacing what it names. Either
-            way a new `routing.method` drops an inherited `routing.entropy_weight` that it has no use for.
+            way a new `routing.method` drops an inherited `routing.entropy_weight` or `train.skipped_share` that it has
+            no use for.
         source: named in messages.
 
     Raises:
@@ -134,8 +135,8 @@ def _apply(document: Document, assignments: Sequence[str]) -> None:
         document.origins = {key: origin for key, origin in document.origins.items() if key[: len(path)] != path}
         document.origins[path] = COMMAND_LINE
         paths.append(path)
-    if ("routing", "method") in paths and ("routing", "entropy_weight") not in paths:
-        drop_entropy_weight(document.values)
+    if ("routing", "method") in paths:
+        drop_refused(document.values, paths)
 
 
 def _validate(document: Document, source: str) -> Config:

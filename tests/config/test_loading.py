@@ -216,6 +216,16 @@ def test_switching_back_to_qtale_restores_the_default(load):
     assert config.routing.entropy_weight == RoutingConfig().entropy_weight
 
 
+def test_methods_without_routers_that_learn_drop_an_inherited_skipped_share(load):
+    config = load("train: {skipped_share: 0.25}\nexperiment: {base: {}, methods: {dense: {}, qtale: {}, random: {}}}\n")
+    shares = {name: method_config(config, name).train.skipped_share for name in config.experiment.methods}
+    assert shares == {"dense": None, "qtale": 0.25, "random": None}
+    assert base_config(config).train.skipped_share is None
+    assert load("train: {skipped_share: 0.25}\n", "routing.method=dense").train.skipped_share is None
+    with pytest.raises(InputError, match="train.skipped_share=0.5 does not go with routing.method='dense'"):
+        with_overrides(config, {"routing": {"method": "dense"}, "train": {"skipped_share": 0.5}})
+
+
 def test_asking_for_dllm_with_an_entropy_weight_is_refused(load):
     assert "no entropy term" in refusal(load, "seed: 0\n", "routing.method=dllm", "routing.entropy_weight=0.3")
     with pytest.raises(InputError, match="no entropy term"):
