@@ -63,7 +63,7 @@ def digest(rows: Rows) -> str:
     found = hashlib.sha256()
     for name in sorted(rows):
         found.update(f"{name} {rows[name].shape}".encode())
-        found.update(np.ascontiguousarray(rows[name]))
+        found.update(rows[name].tobytes())
     return found.hexdigest()
 
 
