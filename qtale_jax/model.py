@@ -11,11 +11,13 @@ import numpy as np
 from jaxtyping import ArrayLike
 
 from qtale_jax.artifact import LoadedModel, load_model, save_model, weight_bytes
-from qtale_jax.data.tokens import encode, encode_pairs
+from qtale_jax.data.stops import end_ids
+from qtale_jax.data.tokens import decode, encode, encode_pairs
 from qtale_jax.errors import InputError
 from qtale_jax.evaluation.likelihood import Row, likelihoods, padded_length
 from qtale_jax.inference.generation import Generated, empty_caches, generate
 from qtale_jax.inference.policies import inference_policy
+from qtale_jax.inference.rows import end_tokens
 from qtale_jax.inference.streaming import Options, Progress, joined, stream
 from qtale_jax.models.cache import cache_bytes
 from qtale_jax.models.decoder import Parameters
@@ -94,6 +96,11 @@ class Model:
     provenance: dict[str, Any]
     compute_dtype: str = "float32"
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a continuation: the tokenizer's end token, and those that the checkpoint came with."""
+        return end_ids(self._tokenizer(), self.provenance)
+
     def forward(self, tokens: ArrayLike, lengths: ArrayLike | None = None, policy: Policy | None = None) -> Output:
         """Logits and routing of right-padded (batch, length) rows under `policy`, by default the model's thresholds."""
         policy = inference_policy(self.spec) if policy is None else policy
@@ -143,7 +150,7 @@ class Model:
             new = out.tokens[row, :count].tolist()
             # The last token is never run, so it has executed nothing and is not counted.
             taken = [out.prompt_execute[row, : len(prompt)], execute[row, : max(count - 1, 0)]]
-            text = self.tokenizer.decode(new, skip_special_tokens=True)
+            text = decode(self.tokenizer, new, self.end_ids)
             found.append(Generation(text, new, float(np.concatenate(taken).mean()), int(size[row])))
         return found
 
@@ -173,7 +180,7 @@ class Model:
             pieces = []
             for row in range(count):
                 ids[row] += chunk.tokens[row, : chunk.counts[row]].tolist()
-                text = self.tokenizer.decode(ids[row], skip_special_tokens=True)
+                text = decode(self.tokenizer, ids[row], self.end_ids)
                 # The bytes of a character may come in several tokens; an unfinished one waits for the rest.
                 whole = text if chunk.finished else text.rstrip("\ufffd")
                 pieces.append(whole[len(given[row]) :])
@@ -184,7 +191,6 @@ class Model:
         self, prompts, max_new_tokens, temperature, top_p, seed, kv_cache, chunk=32
     ) -> tuple[list[list[int]], Iterator[Progress]]:
         ids, tokens = self._encoded(prompts, max_new_tokens, temperature, top_p, kv_cache)
-        stop = self.tokenizer.eos_token_id
         return ids, stream(
             self.spec.structure,
             self.params,
@@ -195,7 +201,7 @@ class Model:
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
-            stop_id=-1 if stop is None else stop,
+            stop_ids=self.end_ids,
             options=Options(chunk=chunk, compute_dtype=jnp.dtype(self.compute_dtype), cache_dtype=KV_CACHES[kv_cache]),
         )
 
@@ -203,7 +209,6 @@ class Model:
         self, prompts, max_new_tokens, temperature, top_p, seed, kv_cache
     ) -> tuple[list[list[int]], Generated, list[int]]:
         ids, tokens = self._encoded(prompts, max_new_tokens, temperature, top_p, kv_cache)
-        stop = self.tokenizer.eos_token_id
         dtype = jnp.dtype(self.compute_dtype)
         out = generate(
             self.spec.structure,
@@ -214,7 +219,7 @@ class Model:
             jax.random.key(seed),
             jnp.float32(temperature),
             jnp.float32(top_p),
-            jnp.int32(-1 if stop is None else stop),
+            end_tokens(self.end_ids),
             max_new_tokens=max_new_tokens,
             compute_dtype=dtype,
             cache_dtype=KV_CACHES[kv_cache],

@@ -1,5 +1,7 @@
 """The public contract: load, forward, generate, score, with_threshold, save, routing."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import yaml
 
 import qtale_jax
 from qtale_jax.artifact import save_model
+from qtale_jax.artifact.lineage import lineage
 from qtale_jax.data import reasoning
 from qtale_jax.data.tokens import encode
 from qtale_jax.errors import InputError
@@ -142,6 +145,39 @@ def test_both_engines_and_the_stream_say_the_same(model):
     assert len(pieces) >= 1 and ["".join(parts) for parts in zip(*pieces, strict=True)] == [one.text for one in found]
     with pytest.raises(InputError, match="engine='fast'; allowed: 'skip' or 'masked'"):
         model.generate([PROMPT], 6, engine="fast")
+
+
+def ending_with(model, *ends):
+    """The model as one whose checkpoint says that tokens end a turn which are not the tokenizer's end token."""
+    provenance = {**model.provenance, "huggingface": {"generation_config": {"eos_token_id": list(ends)}}}
+    return dataclasses.replace(model, provenance=provenance)
+
+
+@pytest.mark.slow
+def test_tokens_that_only_the_checkpoint_says_end_a_turn_end_it(model):
+    free = model.generate([PROMPT], 6)[0]
+    assert len(free.tokens) == 6
+    place = next(i for i in range(1, 6) if free.tokens[i] not in free.tokens[:i])
+    chat = ending_with(model, 63, free.tokens[place])
+    text = model.tokenizer.decode(free.tokens[:place], skip_special_tokens=True)
+    before = decode._cache_size()
+    for engine in ("skip", "masked"):
+        found = chat.generate([PROMPT], 6, engine=engine)[0]
+        assert found.tokens == free.tokens[: place + 1] and found.text == text
+    assert "".join(piece for (piece,) in chat.stream([PROMPT], 6, chunk=2)) == text
+    assert decode._cache_size() <= before + 2  # one per size of chunk
+
+
+def test_end_tokens_are_those_of_the_tokenizer_and_of_the_checkpoint(model, path):
+    own = model.tokenizer.eos_token_id
+    assert model.end_ids == (own,) and ending_with(model, 7, own, 9).end_ids == (own, 7, 9)
+    made = lineage("quantize", path, ending_with(model, 7, 9).provenance)
+    assert dataclasses.replace(model, provenance=made).end_ids == (own, 7, 9)
+    for value, ends in ((None, (own,)), (7, (own, 7)), (own, (own,))):
+        provenance = {"huggingface": {"generation_config": {"eos_token_id": value}}}
+        assert dataclasses.replace(model, provenance=provenance).end_ids == ends
+    with pytest.raises(InputError, match="eos_token_id=\\['</s>'\\]; allowed: a token id, or a list of them"):
+        ending_with(model, "</s>").generate([PROMPT], 2)
 
 
 @pytest.mark.slow
