@@ -13,6 +13,7 @@ from jaxtyping import ArrayLike
 from qtale_jax.artifact import LoadedModel, load_model, save_model, weight_bytes
 from qtale_jax.data.stops import end_ids
 from qtale_jax.data.tokens import decode, encode, encode_pairs
+from qtale_jax.engine.text import RunningText
 from qtale_jax.errors import InputError
 from qtale_jax.evaluation.likelihood import Row, likelihoods, padded_length
 from qtale_jax.inference.generation import Generated, empty_caches, generate
@@ -125,6 +126,8 @@ class Model:
     ) -> list[Generation]:
         """Continues each prompt; greedy at temperature 0, otherwise nucleus sampling.
 
+        A prompt and the text of its continuation, one after the other, are the whole text.
+
         `kv_cache` is the form of cached keys and values: the type of activations, or int8 with one float32 scale per
         token and KV head, close to half of the bytes of bfloat16. `engine` is "skip", which computes and keeps only
         what executes, or "masked", the reference that computes everything and gives the same tokens.
@@ -150,7 +153,8 @@ class Model:
             new = out.tokens[row, :count].tolist()
             # The last token is never run, so it has executed nothing and is not counted.
             taken = [out.prompt_execute[row, : len(prompt)], execute[row, : max(count - 1, 0)]]
-            text = decode(self.tokenizer, new, self.end_ids)
+            running = self._running(prompt)
+            text = running.add(new).text + running.end()
             found.append(Generation(text, new, float(np.concatenate(taken).mean()), int(size[row])))
         return found
 
@@ -171,21 +175,24 @@ class Model:
         """
         if not prompts:
             return iter(())
-        _, chunks = self._stream(prompts, max_new_tokens, temperature, top_p, seed, kv_cache, chunk)
-        return self._pieces(chunks, len(prompts))
+        ids, chunks = self._stream(prompts, max_new_tokens, temperature, top_p, seed, kv_cache, chunk)
+        return self._pieces(ids, chunks)
 
-    def _pieces(self, chunks: Iterator[Progress], count: int) -> Iterator[list[str]]:
-        ids, given = [[] for _ in range(count)], [""] * count
+    def _pieces(self, prompts: list[list[int]], chunks: Iterator[Progress]) -> Iterator[list[str]]:
+        texts = [self._running(prompt) for prompt in prompts]
         for chunk in chunks:
-            pieces = []
-            for row in range(count):
-                ids[row] += chunk.tokens[row, : chunk.counts[row]].tolist()
-                text = decode(self.tokenizer, ids[row], self.end_ids)
-                # The bytes of a character may come in several tokens; an unfinished one waits for the rest.
-                whole = text if chunk.finished else text.rstrip("\ufffd")
-                pieces.append(whole[len(given[row]) :])
-                given[row] = whole
+            pieces = [
+                text.add(tokens[:count].tolist()).text
+                for text, tokens, count in zip(texts, chunk.tokens, chunk.counts, strict=True)
+            ]
+            if chunk.finished:
+                pieces = [piece + text.end() for piece, text in zip(pieces, texts, strict=True)]
             yield pieces
+
+    def _running(self, prompt: Sequence[int]) -> RunningText:
+        """The text that goes on from a prompt."""
+        ends = self.end_ids
+        return RunningText(lambda ids: decode(self.tokenizer, ids, ends), after=prompt)
 
     def _stream(
         self, prompts, max_new_tokens, temperature, top_p, seed, kv_cache, chunk=32

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import qtale_jax
 from qtale_jax.artifact import save_model
@@ -111,8 +113,8 @@ def test_generation(model):
     for prompt, one in zip((PROMPT, OTHER), generations, strict=True):
         assert model.generate([prompt], max_new_tokens=4) == [one]
         assert 1 <= len(one.tokens) <= 4
-        assert one.text == model.tokenizer.decode(one.tokens, skip_special_tokens=True)
         ids = encode(model.tokenizer, [prompt])[0] + one.tokens
+        assert prompt + one.text == model.tokenizer.decode(ids, skip_special_tokens=True)
         execute = np.asarray(model.forward(np.array([ids[:-1]])).routing.execute)
         assert one.executed_ratio == pytest.approx(execute.mean())
     assert model.generate([], max_new_tokens=4) == []
@@ -159,7 +161,7 @@ def test_tokens_that_only_the_checkpoint_says_end_a_turn_end_it(model):
     assert len(free.tokens) == 6
     place = next(i for i in range(1, 6) if free.tokens[i] not in free.tokens[:i])
     chat = ending_with(model, 63, free.tokens[place])
-    text = model.tokenizer.decode(free.tokens[:place], skip_special_tokens=True)
+    text = " " + model.tokenizer.decode(free.tokens[:place], skip_special_tokens=True)
     before = decode._cache_size()
     for engine in ("skip", "masked"):
         found = chat.generate([PROMPT], 6, engine=engine)[0]
@@ -178,6 +180,35 @@ def test_end_tokens_are_those_of_the_tokenizer_and_of_the_checkpoint(model, path
         assert dataclasses.replace(model, provenance=provenance).end_ids == ends
     with pytest.raises(InputError, match="eos_token_id=\\['</s>'\\]; allowed: a token id, or a list of them"):
         ending_with(model, "</s>").generate([PROMPT], 2)
+
+
+@pytest.fixture(scope="module")
+def spaced(model):
+    """The model with a tokenizer whose words have their space before them, and whose texts begin with none."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"▁{word}": index for index, word in enumerate(WORDS) if index > 2}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return dataclasses.replace(model, tokenizer=tokenizer)
+
+
+@pytest.mark.slow
+def test_a_continuation_goes_on_where_its_prompt_ends(spaced, tmp_path, capsys):
+    (one,) = spaced.generate([PROMPT], 5)
+    alone = spaced.tokenizer.decode(one.tokens, skip_special_tokens=True)
+    ids = encode(spaced.tokenizer, [PROMPT])[0] + one.tokens
+    assert alone and PROMPT + one.text == f"{PROMPT} {alone}" == spaced.tokenizer.decode(ids, skip_special_tokens=True)
+    assert spaced.generate([PROMPT], 5, engine="masked")[0].text == one.text
+    assert "".join(piece for (piece,) in spaced.stream([PROMPT], 5, chunk=2)) == one.text
+    engine = qtale_jax.Engine(spaced, qtale_jax.EngineOptions(rows=2, chunk=2, width=8))
+    for prompt in (PROMPT, ids[: -len(one.tokens)]):
+        assert engine.submit(prompt, qtale_jax.RequestOptions(5)).result().text == one.text
+    assert engine.submit(PROMPT, qtale_jax.RequestOptions(5, continues=False)).result().text == alone
+    spaced.save(tmp_path / "model")
+    settings = {"model": str(tmp_path / "model"), "prompts": [PROMPT], "max_new_tokens": 5}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"generate": settings}))
+    run_generate([str(tmp_path / "config.yaml")])
+    assert capsys.readouterr().out.startswith(f"{PROMPT} {alone}\n")
 
 
 @pytest.mark.slow
@@ -231,7 +262,7 @@ def test_scores(model):
         assert score.log_likelihood == pytest.approx(expected, abs=1e-4)
     greedy = model.generate([PROMPT], 1)[0]
     if greedy.text:
-        assert model.score([(PROMPT, " " + greedy.text)])[0].is_greedy
+        assert model.score([(PROMPT, greedy.text)])[0].is_greedy
     assert model.score([]) == []
     with pytest.raises(InputError, match="40 tokens.*context of 32"):
         model.score([(" ".join(WORDS[3:42]), "")])

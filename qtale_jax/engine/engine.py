@@ -126,7 +126,7 @@ class Engine:
                 f"{self.context}"
             )
         updates: deque[Update] = deque()
-        running = RunningText(self._tokenizer.decode, tuple(options.stop))
+        running = RunningText(self._tokenizer.decode, tuple(options.stop), ids if options.continues else ())
         with self._changed:
             number = next(self._numbers)
             request = Request(number, ids, options, thresholds, listener or updates.append, running)

@@ -89,6 +89,8 @@ class RequestOptions:
         seed: of sampling.
         theta: threshold of the routers, one or one per routed layer; None: the model's own.
         stop: strings that end the continuation and are not part of it; they may begin and end within tokens.
+        continues: its text goes on from that of the prompt; False: it is a text of its own, an answer, and where words
+            are tokens with a space before them the first one loses it.
     """
 
     max_new_tokens: int = 64
@@ -97,6 +99,7 @@ class RequestOptions:
     seed: int = 0
     theta: float | Sequence[float] | None = None
     stop: Sequence[str] = ()
+    continues: bool = True
 
     def check(self) -> None:
         """Checks what does not depend on the model.
