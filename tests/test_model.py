@@ -62,7 +62,7 @@ def model(path):
 
 def test_the_package_has_what_it_promises():
     names = {"load", "results", "Model", "Generation", "Results", "Score", "TextRouting", "__version__"}
-    names |= {"Engine", "EngineOptions", "RequestOptions"}
+    names |= {"Engine", "EngineOptions", "RequestOptions", "InputError", "QueueFull", "TooLong"}
     assert names == set(qtale_jax.__all__)
     for name in qtale_jax.__all__:
         assert getattr(qtale_jax, name)
@@ -98,6 +98,21 @@ def test_with_threshold_leaves_the_model_alone(model):
         model.with_threshold([0.1, 0.2, 0.3])
 
 
+@pytest.mark.parametrize("theta", [np.float32(0.25), np.float64(0.25), np.array(0.25), jnp.bfloat16(0.25), 0.25])
+def test_a_threshold_may_be_any_number(model, theta):
+    assert model.with_threshold(theta).spec.thresholds == (0.25, 0.25)
+    assert model.with_threshold(np.array([0, 1])).spec.thresholds == (0.0, 1.0)
+    options = qtale_jax.RequestOptions(theta=theta)
+    np.testing.assert_array_equal(options.thresholds(model.spec), np.float32([0.25, 0.25]))
+
+
+@pytest.mark.parametrize("theta", [2.0, -0.1, float("nan"), [0.5, 1.5], "0.5", [[0.5, 0.5]], [[0.1], [0.2, 0.3]], True])
+def test_other_thresholds_are_refused(model, theta):
+    for ask in (model.with_threshold, lambda theta: qtale_jax.RequestOptions(theta=theta).thresholds(model.spec)):
+        with pytest.raises(InputError, match="theta=.*; allowed: "):
+            ask(theta)
+
+
 def test_routing_of_a_text(model):
     routing = model.routing(PROMPT)
     ids = encode(model.tokenizer, [PROMPT])[0]
@@ -127,6 +142,8 @@ def test_generation(model):
     [
         {"max_new_tokens": 0},
         {"max_new_tokens": 4, "temperature": -1.0},
+        {"max_new_tokens": 4, "temperature": float("nan")},
+        {"max_new_tokens": 4, "temperature": float("inf")},
         {"max_new_tokens": 4, "top_p": 0.0},
         {"max_new_tokens": 4, "top_p": 1.1},
         {"max_new_tokens": 26},
@@ -136,6 +153,23 @@ def test_generation(model):
 def test_impossible_generations_are_refused(model, arguments):
     with pytest.raises(InputError):
         model.generate([PROMPT], **arguments)
+
+
+@pytest.mark.parametrize("prompts", [PROMPT, "", [5, 6]])
+def test_a_text_is_no_list_of_prompts(model, prompts):
+    for what in ("generate", "stream"):
+        with pytest.raises(InputError, match=f"{what}: prompts=.*; allowed: a list of texts"):
+            getattr(model, what)(prompts, 4)
+
+
+def test_sizes_that_cannot_be_are_refused(model):
+    with pytest.raises(InputError, match="stream: chunk=0; allowed: 1 or more"):
+        model.stream([PROMPT], 4, chunk=0)
+    with pytest.raises(InputError, match="score: batch_size=0; allowed: 1 or more"):
+        model.score([(PROMPT, " " + WORDS[20])], batch_size=0)
+    assert model.routing(" ".join(WORDS[3:34])).execute.shape == (32, 3)
+    with pytest.raises(InputError, match="routing: a text of 33 tokens exceeds the context of 32"):
+        model.routing(" ".join(WORDS[3:35]))
 
 
 @pytest.mark.slow
@@ -288,6 +322,11 @@ def test_half_precision_activations(path, model):
     out, expected = half.forward(tokens, policy=Dense()).logits, model.forward(tokens, policy=Dense()).logits
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, expected, atol=0.1)
+
+
+def test_other_types_of_activations_are_refused(path):
+    with pytest.raises(InputError, match="load: compute_dtype='foo'; allowed: 'float32' or 'bfloat16'"):
+        qtale_jax.load(path, compute_dtype="foo")
 
 
 def test_a_dense_model(tmp_path):

@@ -27,14 +27,15 @@ class Piece:
 
 def neighbours(decode: Callable[[Sequence[int]], str], ids: Sequence[int]) -> tuple[list[int], str]:
     """The last tokens of a prompt and their text, which is not empty and begins with a whole character if one does."""
-    # The bytes of a character may come in four tokens, so that one of the next three places is its beginning.
-    wider = (NEIGHBOURS << doublings for doublings in itertools.count(1))
-    for size in itertools.chain(range(NEIGHBOURS, NEIGHBOURS + 4), wider):
+    # The bytes of a character may come in four tokens, so that one of the first four sizes begins with its first one.
+    sizes = itertools.chain(range(NEIGHBOURS, NEIGHBOURS + 4), (NEIGHBOURS << n for n in itertools.count(1)))
+    size = next(sizes)
+    while True:
         last = list(ids[-size:])
         text = decode(last)
         if size >= len(ids) or (text and not text.startswith(UNFINISHED)):
-            break
-    return last, text
+            return last, text
+        size = next(sizes)
 
 
 @dataclass
