@@ -93,6 +93,8 @@ class Engine:
     def encode_chat(self, messages: Sequence[Message], template: str | None = None) -> list[int]:
         """Token ids of a conversation; `template` is Jinja, by default the tokenizer's.
 
+        The answer is a text of its own: `RequestOptions(continues=False)`.
+
         Raises:
             InputError: there is no template, or it refuses the conversation.
         """
