@@ -17,11 +17,14 @@ __all__ = [
     "Engine",
     "EngineOptions",
     "Generation",
+    "InputError",
     "Model",
+    "QueueFull",
     "RequestOptions",
     "Results",
     "Score",
     "TextRouting",
+    "TooLong",
     "__version__",
     "load",
     "results",
@@ -30,6 +33,8 @@ __all__ = [
 if TYPE_CHECKING:
     from qtale_jax.engine.engine import Engine
     from qtale_jax.engine.options import EngineOptions, RequestOptions
+    from qtale_jax.engine.requests import QueueFull, TooLong
+    from qtale_jax.errors import InputError
     from qtale_jax.model import Generation, Model, Score, TextRouting, load
     from qtale_jax.reporting.comparison import Results, results
 
@@ -37,6 +42,8 @@ _HOMES = {
     "qtale_jax.model": ("Generation", "Model", "Score", "TextRouting", "load"),
     "qtale_jax.engine.engine": ("Engine",),
     "qtale_jax.engine.options": ("EngineOptions", "RequestOptions"),
+    "qtale_jax.engine.requests": ("QueueFull", "TooLong"),
+    "qtale_jax.errors": ("InputError",),
     "qtale_jax.reporting.comparison": ("Results", "results"),
 }
 

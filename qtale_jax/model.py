@@ -1,6 +1,7 @@
 """The public model: what a notebook loads, asks, and saves again."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,11 +12,14 @@ import numpy as np
 from jaxtyping import ArrayLike
 
 from qtale_jax.artifact import LoadedModel, StoredModel, load_model, save_model, weight_bytes
-from qtale_jax.data.tokens import encode, encode_pairs
+from qtale_jax.data.stops import end_ids
+from qtale_jax.data.tokens import decode, encode, encode_pairs
+from qtale_jax.engine.text import RunningText
 from qtale_jax.errors import InputError
 from qtale_jax.evaluation.likelihood import Row, likelihoods, padded_length
 from qtale_jax.inference.generation import Generated, empty_caches, generate
-from qtale_jax.inference.policies import inference_policy
+from qtale_jax.inference.policies import inference_policy, layer_thresholds
+from qtale_jax.inference.rows import end_tokens
 from qtale_jax.inference.streaming import Options, Progress, joined, stream
 from qtale_jax.models.cache import cache_bytes
 from qtale_jax.models.decoder import Parameters
@@ -28,6 +32,9 @@ _forward = jax.jit(forward, static_argnames=("spec", "compute_dtype", "remat"))
 
 KV_CACHES = {"float": None, "int8": jnp.dtype(jnp.int8)}
 """Forms of the KV cache and their types; None: the type of activations."""
+
+COMPUTE_DTYPES = ("float32", "bfloat16")
+"""Types of activations."""
 
 ENGINES = ("skip", "masked")
 """Ways to generate: computing what executes, or everything (the reference)."""
@@ -94,6 +101,11 @@ class Model:
     provenance: dict[str, Any]
     compute_dtype: str = "float32"
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a continuation: the tokenizer's end token, and those that the checkpoint came with."""
+        return end_ids(self._tokenizer(), self.provenance)
+
     def forward(self, tokens: ArrayLike, lengths: ArrayLike | None = None, policy: Policy | None = None) -> Output:
         """Logits and routing of right-padded (batch, length) rows under `policy`, by default the model's thresholds."""
         policy = inference_policy(self.spec) if policy is None else policy
@@ -118,17 +130,20 @@ class Model:
     ) -> list[Generation]:
         """Continues each prompt; greedy at temperature 0, otherwise nucleus sampling.
 
+        A prompt and the text of its continuation, one after the other, are the whole text.
+
         `kv_cache` is the form of cached keys and values: the type of activations, or int8 with one float32 scale per
         token and KV head, close to half of the bytes of bfloat16. `engine` is "skip", which computes and keeps only
         what executes, or "masked", the reference that computes everything and gives the same tokens.
 
         Raises:
-            InputError: no tokenizer, max_new_tokens < 1, top_p outside (0, 1], an unknown kv_cache or engine, or prompt
-                plus continuation longer than the context.
+            InputError: no tokenizer, prompts that are not a list, max_new_tokens < 1, a temperature that is negative or
+                not finite, top_p outside (0, 1], an unknown kv_cache or engine, or prompt plus continuation longer than
+                the context.
         """
         if engine not in ENGINES:
             raise InputError(f"generate: engine={engine!r}; allowed: {' or '.join(map(repr, ENGINES))}")
-        if not prompts:
+        if not _texts("generate", prompts):
             return []
         if engine == "skip":
             ids, chunks = self._stream(prompts, max_new_tokens, temperature, top_p, seed, kv_cache)
@@ -143,7 +158,8 @@ class Model:
             new = out.tokens[row, :count].tolist()
             # The last token is never run, so it has executed nothing and is not counted.
             taken = [out.prompt_execute[row, : len(prompt)], execute[row, : max(count - 1, 0)]]
-            text = self.tokenizer.decode(new, skip_special_tokens=True)
+            running = self._running(prompt)
+            text = running.add(new).text + running.end()
             found.append(Generation(text, new, float(np.concatenate(taken).mean()), int(size[row])))
         return found
 
@@ -160,31 +176,35 @@ class Model:
         """As `generate` with the skipping engine: yields what every `chunk` tokens add to the text of each prompt.
 
         Raises:
-            InputError: as `generate`.
+            InputError: as `generate`, or chunk < 1.
         """
-        if not prompts:
+        if chunk < 1:
+            raise InputError(f"stream: chunk={chunk}; allowed: 1 or more")
+        if not _texts("stream", prompts):
             return iter(())
-        _, chunks = self._stream(prompts, max_new_tokens, temperature, top_p, seed, kv_cache, chunk)
-        return self._pieces(chunks, len(prompts))
+        ids, chunks = self._stream(prompts, max_new_tokens, temperature, top_p, seed, kv_cache, chunk)
+        return self._pieces(ids, chunks)
 
-    def _pieces(self, chunks: Iterator[Progress], count: int) -> Iterator[list[str]]:
-        ids, given = [[] for _ in range(count)], [""] * count
+    def _pieces(self, prompts: list[list[int]], chunks: Iterator[Progress]) -> Iterator[list[str]]:
+        texts = [self._running(prompt) for prompt in prompts]
         for chunk in chunks:
-            pieces = []
-            for row in range(count):
-                ids[row] += chunk.tokens[row, : chunk.counts[row]].tolist()
-                text = self.tokenizer.decode(ids[row], skip_special_tokens=True)
-                # The bytes of a character may come in several tokens; an unfinished one waits for the rest.
-                whole = text if chunk.finished else text.rstrip("\ufffd")
-                pieces.append(whole[len(given[row]) :])
-                given[row] = whole
+            pieces = [
+                text.add(tokens[:count].tolist()).text
+                for text, tokens, count in zip(texts, chunk.tokens, chunk.counts, strict=True)
+            ]
+            if chunk.finished:
+                pieces = [piece + text.end() for piece, text in zip(pieces, texts, strict=True)]
             yield pieces
+
+    def _running(self, prompt: Sequence[int]) -> RunningText:
+        """The text that goes on from a prompt."""
+        ends = self.end_ids
+        return RunningText(lambda ids: decode(self.tokenizer, ids, ends), after=prompt)
 
     def _stream(
         self, prompts, max_new_tokens, temperature, top_p, seed, kv_cache, chunk=32
     ) -> tuple[list[list[int]], Iterator[Progress]]:
         ids, tokens = self._encoded(prompts, max_new_tokens, temperature, top_p, kv_cache)
-        stop = self.tokenizer.eos_token_id
         return ids, stream(
             self.spec.structure,
             self.params,
@@ -195,7 +215,7 @@ class Model:
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
-            stop_id=-1 if stop is None else stop,
+            stop_ids=self.end_ids,
             options=Options(chunk=chunk, compute_dtype=jnp.dtype(self.compute_dtype), cache_dtype=KV_CACHES[kv_cache]),
         )
 
@@ -203,7 +223,6 @@ class Model:
         self, prompts, max_new_tokens, temperature, top_p, seed, kv_cache
     ) -> tuple[list[list[int]], Generated, list[int]]:
         ids, tokens = self._encoded(prompts, max_new_tokens, temperature, top_p, kv_cache)
-        stop = self.tokenizer.eos_token_id
         dtype = jnp.dtype(self.compute_dtype)
         out = generate(
             self.spec.structure,
@@ -214,7 +233,7 @@ class Model:
             jax.random.key(seed),
             jnp.float32(temperature),
             jnp.float32(top_p),
-            jnp.int32(-1 if stop is None else stop),
+            end_tokens(self.end_ids),
             max_new_tokens=max_new_tokens,
             compute_dtype=dtype,
             cache_dtype=KV_CACHES[kv_cache],
@@ -225,8 +244,8 @@ class Model:
 
     def _encoded(self, prompts, max_new_tokens, temperature, top_p, kv_cache) -> tuple[list[list[int]], np.ndarray]:
         """Token ids of the prompts, alone and right-padded, once all arguments are known to be possible."""
-        if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-            raise InputError("generate needs max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1")
+        if max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+            raise InputError("generate needs max_new_tokens >= 1, a finite temperature >= 0 and 0 < top_p <= 1")
         if kv_cache not in KV_CACHES:
             raise InputError(f"generate: kv_cache={kv_cache!r}; allowed: {' or '.join(map(repr, KV_CACHES))}")
         ids = encode(self._tokenizer(), prompts)
@@ -246,8 +265,10 @@ class Model:
         """Scores each (context, continuation).
 
         Raises:
-            InputError: no tokenizer, or a pair longer than the context.
+            InputError: no tokenizer, a pair longer than the context, or batch_size < 1.
         """
+        if batch_size < 1:
+            raise InputError(f"score: batch_size={batch_size}; allowed: 1 or more")
         if not pairs:
             return []
         rows = [Row(*tokens) for tokens in encode_pairs(self._tokenizer(), pairs)]
@@ -266,8 +287,14 @@ class Model:
         return [Score(float(v), bool(g)) for v, g in zip(found.log_likelihood, found.is_greedy, strict=True)]
 
     def routing(self, text: str) -> TextRouting:
-        """Shows what each token of `text` executes."""
-        ids = encode(self._tokenizer(), [text])[0]
+        """Shows what each token of `text` executes.
+
+        Raises:
+            InputError: no tokenizer, or a text longer than the context.
+        """
+        ids, limit = encode(self._tokenizer(), [text])[0], self.spec.architecture.max_length
+        if len(ids) > limit:
+            raise InputError(f"routing: a text of {len(ids)} tokens exceeds the context of {limit}")
         # Padded to a length class, so that texts of many lengths share a few programs; padding changes no decision.
         tokens = np.zeros((1, padded_length(len(ids))), np.int32)
         tokens[0, : len(ids)] = ids
@@ -276,18 +303,15 @@ class Model:
         execute, probability = (np.asarray(each[0, : len(ids)]) for each in (routing.execute, routing.probability))
         return TextRouting(words, execute, probability)
 
-    def with_threshold(self, theta: float | Sequence[float]) -> "Model":
+    def with_threshold(self, theta: ArrayLike | Sequence[float]) -> "Model":
         """The same model with one theta for all routed layers, or one per routed layer.
 
         Raises:
-            InputError: the model is dense, or the number of thetas is not the number of routed layers.
+            InputError: the model is dense, the number of thetas is not that of routed layers, or one is outside [0, 1].
         """
         if self.spec.routing is None:
             raise InputError("a dense model has no threshold")
-        layers = len(self.spec.routed_layers)
-        values = (float(theta),) * layers if isinstance(theta, (int, float)) else tuple(map(float, theta))
-        if len(values) != layers:
-            raise InputError(f"{len(values)} thresholds for {layers} routed layers")
+        values = layer_thresholds(theta, len(self.spec.routed_layers))
         thresholds = {**self.spec.routing.thresholds, str(self.spec.bits): values}
         routing = self.spec.routing.model_copy(update={"thresholds": thresholds})
         return dataclasses.replace(self, spec=self.spec.model_copy(update={"routing": routing}))
@@ -331,6 +355,13 @@ class Model:
         return self.tokenizer
 
 
+def _texts(what: str, prompts: Sequence[str]) -> Sequence[str]:
+    """The prompts, if they are texts; a single text would be taken for a list of its characters."""
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise InputError(f"{what}: prompts={prompts!r:.60}; allowed: a list of texts")
+    return prompts
+
+
 def load(path: str | Path, *, compute_dtype: str = "float32") -> Model:
     """Loads a model directory, or a folder in Hugging Face layout; one that `convert --to-hf` wrote keeps its routers.
 
@@ -339,8 +370,10 @@ def load(path: str | Path, *, compute_dtype: str = "float32") -> Model:
         compute_dtype: "float32" or "bfloat16", the type of activations.
 
     Raises:
-        InputError: missing or damaged.
+        InputError: missing or damaged, or another type.
     """
+    if compute_dtype not in COMPUTE_DTYPES:
+        raise InputError(f"load: compute_dtype={compute_dtype!r}; allowed: {' or '.join(map(repr, COMPUTE_DTYPES))}")
     folder = Path(path)
     if _is_huggingface(folder):
         from qtale_jax.models.huggingface import load_huggingface

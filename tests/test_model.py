@@ -1,13 +1,18 @@
 """The public contract: load, forward, generate, score, with_threshold, save, routing."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import qtale_jax
 from qtale_jax.artifact import save_model
+from qtale_jax.artifact.lineage import lineage
 from qtale_jax.data import reasoning
 from qtale_jax.data.tokens import encode
 from qtale_jax.errors import InputError
@@ -57,7 +62,7 @@ def model(path):
 
 def test_the_package_has_what_it_promises():
     names = {"load", "results", "Model", "Generation", "Results", "Score", "TextRouting", "__version__"}
-    names |= {"Engine", "EngineOptions", "RequestOptions"}
+    names |= {"Engine", "EngineOptions", "RequestOptions", "InputError", "QueueFull", "TooLong"}
     assert names == set(qtale_jax.__all__)
     for name in qtale_jax.__all__:
         assert getattr(qtale_jax, name)
@@ -93,6 +98,21 @@ def test_with_threshold_leaves_the_model_alone(model):
         model.with_threshold([0.1, 0.2, 0.3])
 
 
+@pytest.mark.parametrize("theta", [np.float32(0.25), np.float64(0.25), np.array(0.25), jnp.bfloat16(0.25), 0.25])
+def test_a_threshold_may_be_any_number(model, theta):
+    assert model.with_threshold(theta).spec.thresholds == (0.25, 0.25)
+    assert model.with_threshold(np.array([0, 1])).spec.thresholds == (0.0, 1.0)
+    options = qtale_jax.RequestOptions(theta=theta)
+    np.testing.assert_array_equal(options.thresholds(model.spec), np.float32([0.25, 0.25]))
+
+
+@pytest.mark.parametrize("theta", [2.0, -0.1, float("nan"), [0.5, 1.5], "0.5", [[0.5, 0.5]], [[0.1], [0.2, 0.3]], True])
+def test_other_thresholds_are_refused(model, theta):
+    for ask in (model.with_threshold, lambda theta: qtale_jax.RequestOptions(theta=theta).thresholds(model.spec)):
+        with pytest.raises(InputError, match="theta=.*; allowed: "):
+            ask(theta)
+
+
 def test_routing_of_a_text(model):
     routing = model.routing(PROMPT)
     ids = encode(model.tokenizer, [PROMPT])[0]
@@ -108,8 +128,8 @@ def test_generation(model):
     for prompt, one in zip((PROMPT, OTHER), generations, strict=True):
         assert model.generate([prompt], max_new_tokens=4) == [one]
         assert 1 <= len(one.tokens) <= 4
-        assert one.text == model.tokenizer.decode(one.tokens, skip_special_tokens=True)
         ids = encode(model.tokenizer, [prompt])[0] + one.tokens
+        assert prompt + one.text == model.tokenizer.decode(ids, skip_special_tokens=True)
         execute = np.asarray(model.forward(np.array([ids[:-1]])).routing.execute)
         assert one.executed_ratio == pytest.approx(execute.mean())
     assert model.generate([], max_new_tokens=4) == []
@@ -122,6 +142,8 @@ def test_generation(model):
     [
         {"max_new_tokens": 0},
         {"max_new_tokens": 4, "temperature": -1.0},
+        {"max_new_tokens": 4, "temperature": float("nan")},
+        {"max_new_tokens": 4, "temperature": float("inf")},
         {"max_new_tokens": 4, "top_p": 0.0},
         {"max_new_tokens": 4, "top_p": 1.1},
         {"max_new_tokens": 26},
@@ -133,6 +155,23 @@ def test_impossible_generations_are_refused(model, arguments):
         model.generate([PROMPT], **arguments)
 
 
+@pytest.mark.parametrize("prompts", [PROMPT, "", [5, 6]])
+def test_a_text_is_no_list_of_prompts(model, prompts):
+    for what in ("generate", "stream"):
+        with pytest.raises(InputError, match=f"{what}: prompts=.*; allowed: a list of texts"):
+            getattr(model, what)(prompts, 4)
+
+
+def test_sizes_that_cannot_be_are_refused(model):
+    with pytest.raises(InputError, match="stream: chunk=0; allowed: 1 or more"):
+        model.stream([PROMPT], 4, chunk=0)
+    with pytest.raises(InputError, match="score: batch_size=0; allowed: 1 or more"):
+        model.score([(PROMPT, " " + WORDS[20])], batch_size=0)
+    assert model.routing(" ".join(WORDS[3:34])).execute.shape == (32, 3)
+    with pytest.raises(InputError, match="routing: a text of 33 tokens exceeds the context of 32"):
+        model.routing(" ".join(WORDS[3:35]))
+
+
 @pytest.mark.slow
 def test_both_engines_and_the_stream_say_the_same(model):
     found, expected = (model.generate([PROMPT, OTHER], 6, engine=engine) for engine in ("skip", "masked"))
@@ -142,6 +181,68 @@ def test_both_engines_and_the_stream_say_the_same(model):
     assert len(pieces) >= 1 and ["".join(parts) for parts in zip(*pieces, strict=True)] == [one.text for one in found]
     with pytest.raises(InputError, match="engine='fast'; allowed: 'skip' or 'masked'"):
         model.generate([PROMPT], 6, engine="fast")
+
+
+def ending_with(model, *ends):
+    """The model as one whose checkpoint says that tokens end a turn which are not the tokenizer's end token."""
+    provenance = {**model.provenance, "huggingface": {"generation_config": {"eos_token_id": list(ends)}}}
+    return dataclasses.replace(model, provenance=provenance)
+
+
+@pytest.mark.slow
+def test_tokens_that_only_the_checkpoint_says_end_a_turn_end_it(model):
+    free = model.generate([PROMPT], 6)[0]
+    assert len(free.tokens) == 6
+    place = next(i for i in range(1, 6) if free.tokens[i] not in free.tokens[:i])
+    chat = ending_with(model, 63, free.tokens[place])
+    text = " " + model.tokenizer.decode(free.tokens[:place], skip_special_tokens=True)
+    before = decode._cache_size()
+    for engine in ("skip", "masked"):
+        found = chat.generate([PROMPT], 6, engine=engine)[0]
+        assert found.tokens == free.tokens[: place + 1] and found.text == text
+    assert "".join(piece for (piece,) in chat.stream([PROMPT], 6, chunk=2)) == text
+    assert decode._cache_size() <= before + 2  # one per size of chunk
+
+
+def test_end_tokens_are_those_of_the_tokenizer_and_of_the_checkpoint(model, path):
+    own = model.tokenizer.eos_token_id
+    assert model.end_ids == (own,) and ending_with(model, 7, own, 9).end_ids == (own, 7, 9)
+    made = lineage("quantize", path, ending_with(model, 7, 9).provenance)
+    assert dataclasses.replace(model, provenance=made).end_ids == (own, 7, 9)
+    for value, ends in ((None, (own,)), (7, (own, 7)), (own, (own,))):
+        provenance = {"huggingface": {"generation_config": {"eos_token_id": value}}}
+        assert dataclasses.replace(model, provenance=provenance).end_ids == ends
+    with pytest.raises(InputError, match="eos_token_id=\\['</s>'\\]; allowed: a token id, or a list of them"):
+        ending_with(model, "</s>").generate([PROMPT], 2)
+
+
+@pytest.fixture(scope="module")
+def spaced(model):
+    """The model with a tokenizer whose words have their space before them, and whose texts begin with none."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"▁{word}": index for index, word in enumerate(WORDS) if index > 2}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return dataclasses.replace(model, tokenizer=tokenizer)
+
+
+@pytest.mark.slow
+def test_a_continuation_goes_on_where_its_prompt_ends(spaced, tmp_path, capsys):
+    (one,) = spaced.generate([PROMPT], 5)
+    alone = spaced.tokenizer.decode(one.tokens, skip_special_tokens=True)
+    ids = encode(spaced.tokenizer, [PROMPT])[0] + one.tokens
+    assert alone and PROMPT + one.text == f"{PROMPT} {alone}" == spaced.tokenizer.decode(ids, skip_special_tokens=True)
+    assert spaced.generate([PROMPT], 5, engine="masked")[0].text == one.text
+    assert "".join(piece for (piece,) in spaced.stream([PROMPT], 5, chunk=2)) == one.text
+    engine = qtale_jax.Engine(spaced, qtale_jax.EngineOptions(rows=2, chunk=2, width=8))
+    for prompt in (PROMPT, ids[: -len(one.tokens)]):
+        assert engine.submit(prompt, qtale_jax.RequestOptions(5)).result().text == one.text
+    assert engine.submit(PROMPT, qtale_jax.RequestOptions(5, continues=False)).result().text == alone
+    spaced.save(tmp_path / "model")
+    settings = {"model": str(tmp_path / "model"), "prompts": [PROMPT], "max_new_tokens": 5}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"generate": settings}))
+    run_generate([str(tmp_path / "config.yaml")])
+    assert capsys.readouterr().out.startswith(f"{PROMPT} {alone}\n")
 
 
 @pytest.mark.slow
@@ -195,7 +296,7 @@ def test_scores(model):
         assert score.log_likelihood == pytest.approx(expected, abs=1e-4)
     greedy = model.generate([PROMPT], 1)[0]
     if greedy.text:
-        assert model.score([(PROMPT, " " + greedy.text)])[0].is_greedy
+        assert model.score([(PROMPT, greedy.text)])[0].is_greedy
     assert model.score([]) == []
     with pytest.raises(InputError, match="40 tokens.*context of 32"):
         model.score([(" ".join(WORDS[3:42]), "")])
@@ -221,6 +322,11 @@ def test_half_precision_activations(path, model):
     out, expected = half.forward(tokens, policy=Dense()).logits, model.forward(tokens, policy=Dense()).logits
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, expected, atol=0.1)
+
+
+def test_other_types_of_activations_are_refused(path):
+    with pytest.raises(InputError, match="load: compute_dtype='foo'; allowed: 'float32' or 'bfloat16'"):
+        qtale_jax.load(path, compute_dtype="foo")
 
 
 def test_a_dense_model(tmp_path):

@@ -1,6 +1,27 @@
-"""Stop strings: text that ends a generation. Looked for in decoded text, they may begin and end anywhere."""
+"""What ends a generation: tokens, and stop strings, which are looked for in decoded text and may begin anywhere."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from qtale_jax.errors import InputError
+
+
+def end_ids(tokenizer: Any, provenance: Mapping[str, Any]) -> tuple[int, ...]:
+    """Tokens that end a continuation: the tokenizer's end token, and those of the checkpoint's generation_config.json.
+
+    Chat models end their turns with tokens that stand only there. `provenance` is that of the model, which what is made
+    of a converted checkpoint inherits.
+
+    Raises:
+        InputError: generation_config.json has something else there than token ids.
+    """
+    config = (provenance.get("huggingface") or {}).get("generation_config") or {}
+    found = config.get("eos_token_id")
+    listed = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(one, int) and not isinstance(one, bool) for one in listed):
+        raise InputError(f"generation_config.json: eos_token_id={found!r}; allowed: a token id, or a list of them")
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return tuple(dict.fromkeys([*own, *listed]))
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:

@@ -67,6 +67,11 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [start + ids for ids in encoded]
 
 
+def decode(tokenizer: Any, ids: Sequence[int], ends: Sequence[int] = ()) -> str:
+    """Text of ids, without special tokens, and without those that end a continuation, which are none to everybody."""
+    return tokenizer.decode([token for token in ids if token not in ends], skip_special_tokens=True)
+
+
 def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]], end: bool = False) -> list[Tokens]:
     """Ids of context + continuation and where the continuation starts, for each pair.
 

@@ -3,6 +3,7 @@
 Everything that is compiled has one shape: a part of a prompt, a row that joins, a chunk for all, rows that leave.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -45,6 +46,7 @@ class Batch:
         shape: Shape,
         compute_dtype: jnp.dtype,
         cache_dtype: jnp.dtype | None,
+        stop: Sequence[int] = (),
     ):
         """Allocates the pool.
 
@@ -54,13 +56,14 @@ class Batch:
             shape: sizes.
             compute_dtype: type of activations.
             cache_dtype: type of cached keys and values, floating point or int8; None: `compute_dtype`.
+            stop: tokens that end a row.
         """
         self.shape, self._spec, self._params = shape, spec.structure, params
         self._dtype = jnp.dtype(compute_dtype)
         stored = self._dtype if cache_dtype is None else jnp.dtype(cache_dtype)
         self.growth = Growth.of(spec.architecture, shape.rows, shape.context, stored, shape.page)
         self._cache = empty_pages(spec.architecture, shape.rows, shape.context, shape.pages, stored, shape.page)
-        self._rows = empty_rows(shape.rows)
+        self._rows = empty_rows(shape.rows, stop)
         self._thresholds = jnp.zeros((len(spec.routed_layers), shape.rows, 1), jnp.float32)
         self._last: dict[int, Array] = {}
         self.counts = np.zeros((spec.architecture.num_layers, shape.rows), np.int32)
@@ -176,13 +179,12 @@ def entry(
     threshold: Float32[np.ndarray, " r"],
     limit: int,
     count: int = 0,
-    stop: int = -1,
     seed: int = 0,
     temperature: float = 0.0,
     top_p: float = 1.0,
 ) -> Entry:
     """An `Entry` of plain numbers, on the device."""
-    numbers = {"position": position, "count": count, "limit": limit, "stop": stop}
+    numbers = {"position": position, "count": count, "limit": limit}
     fields: dict[str, np.ndarray] = {name: np.asarray(value, np.int32) for name, value in numbers.items()}
     fields |= {"temperature": np.asarray(temperature, np.float32), "top_p": np.asarray(top_p, np.float32)}
     return Entry(**jax.device_put(fields | {"seed": np.asarray(seed, np.uint32), "threshold": threshold}))

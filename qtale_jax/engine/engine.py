@@ -58,7 +58,8 @@ class Engine:
         self.options = options or EngineOptions()
         if model.tokenizer is None:
             raise InputError("the model directory has no tokenizer")
-        self.model, self._tokenizer = model, SharedTokenizer(model.tokenizer)
+        self.model, self._ends = model, model.end_ids
+        self._tokenizer = SharedTokenizer(model.tokenizer, self._ends)
         shape = self.options.shape(model.spec)
         self.context = shape.context
         self._layers = model.spec.architecture.num_layers
@@ -68,6 +69,7 @@ class Engine:
             shape,
             jnp.dtype(model.compute_dtype),
             jnp.dtype(jnp.int8) if self.options.kv_cache == "int8" else None,
+            self._ends,
         )
         self._schedule = Schedule(self.options.rows, self.options.queue)
         self._counters = Counters()
@@ -90,6 +92,8 @@ class Engine:
 
     def encode_chat(self, messages: Sequence[Message], template: str | None = None) -> list[int]:
         """Token ids of a conversation; `template` is Jinja, by default the tokenizer's.
+
+        The answer is a text of its own: `RequestOptions(continues=False)`.
 
         Raises:
             InputError: there is no template, or it refuses the conversation.
@@ -124,7 +128,7 @@ class Engine:
                 f"{self.context}"
             )
         updates: deque[Update] = deque()
-        running = RunningText(self._tokenizer.decode, tuple(options.stop))
+        running = RunningText(self._tokenizer.decode, tuple(options.stop), ids if options.continues else ())
         with self._changed:
             number = next(self._numbers)
             request = Request(number, ids, options, thresholds, listener or updates.append, running)
@@ -256,7 +260,7 @@ class Engine:
         return parts
 
     def _join(self, row: int, request: Request) -> None:
-        options, stop = request.options, self._tokenizer.stop
+        options = request.options
         self._batch.join(
             row,
             entry(
@@ -264,7 +268,6 @@ class Engine:
                 threshold=request.thresholds,
                 limit=options.max_new_tokens,
                 count=len(request.tokens),
-                stop=stop,
                 seed=options.seed,
                 temperature=options.temperature,
                 top_p=options.top_p,
@@ -332,7 +335,7 @@ class Engine:
         if not (done or piece.stopped):
             request.say(piece.text)
             return False
-        at_end_token = done and tokens[-1] == self._tokenizer.stop
+        at_end_token = done and tokens[-1] in self._ends
         reason = "stop" if piece.stopped or at_end_token else "length"
         self._end(request, reason, self._batch.pages(row), piece.text)
         return True

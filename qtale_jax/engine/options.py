@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import ArrayLike, Float32
 
 from qtale_jax.errors import InputError
 from qtale_jax.inference.pages import PAGE
+from qtale_jax.inference.policies import layer_thresholds
 from qtale_jax.models.specification import ModelSpecification
 
 
@@ -89,14 +90,17 @@ class RequestOptions:
         seed: of sampling.
         theta: threshold of the routers, one or one per routed layer; None: the model's own.
         stop: strings that end the continuation and are not part of it; they may begin and end within tokens.
+        continues: its text goes on from that of the prompt; False: it is a text of its own, an answer, and where words
+            are tokens with a space before them the first one loses it.
     """
 
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    theta: float | Sequence[float] | None = None
+    theta: ArrayLike | Sequence[float] | None = None
     stop: Sequence[str] = ()
+    continues: bool = True
 
     def check(self) -> None:
         """Checks what does not depend on the model.
@@ -119,16 +123,10 @@ class RequestOptions:
         """Theta of each routed layer of a model.
 
         Raises:
-            InputError: the model is dense, or has another number of routed layers.
+            InputError: the model is dense, or as `layer_thresholds`.
         """
-        layers = len(spec.routed_layers)
         if self.theta is None:
             return np.asarray(spec.thresholds, np.float32)
         if spec.routing is None:
             raise InputError("theta: a dense model has no threshold; allowed: none")
-        values = [self.theta] * layers if isinstance(self.theta, int | float) else list(self.theta)
-        if len(values) != layers:
-            raise InputError(f"theta: {len(values)} thresholds for {layers} routed layers; allowed: 1 or {layers}")
-        if not all(0 <= value <= 1 for value in values):
-            raise InputError(f"theta={self.theta}; allowed: 0 to 1")
-        return np.asarray(values, np.float32)
+        return np.asarray(layer_thresholds(self.theta, len(spec.routed_layers)), np.float32)

@@ -13,7 +13,7 @@ from qtale_jax.engine.text import RunningText
 from qtale_jax.errors import InputError
 
 FinishReason = Literal["stop", "length", "cancelled", "failed"]
-"""Why a request ended: its end token or a stop string; its most tokens; its owner; the engine."""
+"""Why a request ended: an end token or a stop string; its most tokens; its owner; the engine."""
 
 
 class QueueFull(InputError):

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qtale_jax.data.tokens import encode
+from qtale_jax.data.tokens import decode, encode
 from qtale_jax.errors import InputError
 
 Message = Mapping[str, Any]
@@ -14,11 +14,9 @@ Message = Mapping[str, Any]
 class SharedTokenizer:
     """A tokenizer that several threads use."""
 
-    def __init__(self, tokenizer: Any):
-        self._tokenizer, self._lock = tokenizer, threading.Lock()
-        end = tokenizer.eos_token_id
-        self.stop: int = -1 if end is None else end
-        """The end token; -1: none."""
+    def __init__(self, tokenizer: Any, ends: Sequence[int] = ()):
+        """Shares a tokenizer; `ends` are tokens that end a continuation and have no text."""
+        self._tokenizer, self._lock, self._ends = tokenizer, threading.Lock(), ends
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, as `Model.generate` runs them.
@@ -56,6 +54,6 @@ class SharedTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, without special tokens."""
+        """Text of ids, without special tokens and those that end a continuation."""
         with self._lock:
-            return self._tokenizer.decode(ids, skip_special_tokens=True)
+            return decode(self._tokenizer, ids, self._ends)

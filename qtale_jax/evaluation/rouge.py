@@ -9,6 +9,7 @@ import numpy as np
 from qtale_jax.artifact import LoadedModel
 from qtale_jax.config.schema import Config
 from qtale_jax.data.records import Instruction, Record
+from qtale_jax.data.stops import end_ids
 from qtale_jax.data.tokens import encode
 from qtale_jax.errors import InputError
 from qtale_jax.evaluation.harness.generation import Request, continue_requests
@@ -70,7 +71,7 @@ def written_responses(
     config: Config,
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Lets the model answer every prompt greedily, until its end token or `evaluate.max_new_tokens`, and scores that.
+    """Lets the model answer every prompt greedily, until an end token or `evaluate.max_new_tokens`, and scores that.
 
     Args:
         model: the model, one tree per layer.
@@ -95,6 +96,7 @@ def written_responses(
         model.tokenizer,
         requests,
         policy,
+        ends=end_ids(model.tokenizer, model.provenance),
         batch_size=config.evaluate.batch_size,
         compute_dtype=jnp.dtype(config.train.compute_dtype),
         progress=progress,

@@ -73,7 +73,7 @@ def decode(
         step, cache, rows, tokens, execute = carry
         tokens = tokens.at[:, step].set(jnp.where(rows.done, -1, rows.token))
         count = rows.count + (~rows.done).astype(jnp.int32)
-        done = rows.done | (rows.token == rows.stop) | (count >= rows.limit)
+        done = rows.done | rows.at_end | (count >= rows.limit)
         hidden, taken, cache = advance(
             spec, params, rows.token[:, None], rows.position[:, None], ~done[:, None], cache, policy, dtype
         )

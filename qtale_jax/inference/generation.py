@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
+from qtale_jax.inference.rows import is_end
 from qtale_jax.inference.sampling import sample
 from qtale_jax.models.cache import LayerCache, empty_cache
 from qtale_jax.models.context import Context
@@ -82,13 +83,13 @@ def generate(
     key: PRNGKeyArray,
     temperature: Array,
     top_p: Array,
-    stop_id: Array,
+    stop_ids: Int[Array, "..."],
     *,
     max_new_tokens: int,
     compute_dtype: jnp.dtype = jnp.float32,
     cache_dtype: jnp.dtype | None = None,
 ) -> Generated:
-    """Continues right-padded prompts until `stop_id` (-1: none) or `max_new_tokens`.
+    """Continues right-padded prompts until one of `stop_ids` or `max_new_tokens`.
 
     Args:
         spec: the model (`spec.structure`, so that theta does not recompile); static.
@@ -99,7 +100,7 @@ def generate(
         key: seed of sampling; row i uses key folded with i.
         temperature: 0 for greedy.
         top_p: nucleus mass.
-        stop_id: the token that ends a row; it is counted.
+        stop_ids: the token that ends a row, or several; it is counted; -1: none.
         max_new_tokens: static size of the result.
         compute_dtype: type of activations.
         cache_dtype: type of cached keys and values, floating point or int8; default: `compute_dtype`. An element on the
@@ -132,7 +133,7 @@ def generate(
         step, token, done, counts, tokens, execute, caches = carry
         tokens = tokens.at[:, step].set(jnp.where(done, -1, token))
         counts = counts + (~done).astype(jnp.int32)
-        done = done | (token == stop_id)
+        done = done | is_end(token, jnp.ravel(stop_ids))
         # The last token that is returned is never run: nothing would come after it.
         at = (lengths + step)[:, None]
         hidden, taken, caches = advance(spec, params, token[:, None], at, ~done[:, None], caches, policy, dtype)

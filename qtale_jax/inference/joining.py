@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 
 from qtale_jax.inference.pages import PagedCache
-from qtale_jax.inference.rows import Rows, choose
+from qtale_jax.inference.rows import Rows, choose, end_tokens
 from qtale_jax.models.decoder import Parameters
 from qtale_jax.models.forward import unembed
 from qtale_jax.models.specification import ModelSpecification
@@ -24,7 +25,6 @@ class Entry:
         position: of its first new token: how many tokens have been run.
         count: new tokens that it returned before it was interrupted; 0 for a row that starts.
         limit: most new tokens, those included.
-        stop: the token that ends it; -1: none.
         seed: of sampling. The noise is that of the only row of `stream` with this seed.
         temperature: 0 for greedy.
         top_p: nucleus mass.
@@ -34,21 +34,20 @@ class Entry:
     position: Int32[Array, ""]
     count: Int32[Array, ""]
     limit: Int32[Array, ""]
-    stop: Int32[Array, ""]
     seed: UInt32[Array, ""]
     temperature: Float32[Array, ""]
     top_p: Float32[Array, ""]
     threshold: Float32[Array, " r"]
 
 
-def empty_rows(rows: int) -> Rows:
-    """Rows that nobody has: all are done."""
+def empty_rows(rows: int, stop: Sequence[int] = ()) -> Rows:
+    """Rows that nobody has: all are done. Those that join end with any of the tokens `stop`."""
     return Rows(
         token=jnp.zeros((rows,), jnp.int32),
         position=jnp.zeros((rows,), jnp.int32),
         count=jnp.zeros((rows,), jnp.int32),
         limit=jnp.zeros((rows,), jnp.int32),
-        stop=jnp.full((rows,), -1, jnp.int32),
+        stop=end_tokens(stop),
         done=jnp.ones((rows,), jnp.bool_),
         key=jax.random.split(jax.random.key(0), rows),
         temperature=jnp.zeros((rows,), jnp.float32),
@@ -80,11 +79,11 @@ def join(
     key = jax.random.fold_in(jax.random.key(entry.seed), 0)
     logits = unembed(spec, params, last[:, None])[:, 0]
     token = choose(logits, key[None], entry.count[None], entry.temperature[None], entry.top_p[None])[0]
-    fields = {field.name: getattr(rows, field.name) for field in dataclasses.fields(Rows)}
-    new = {name: getattr(entry, name) for name in ("position", "count", "limit", "stop", "temperature", "top_p")}
+    fields = {field.name: getattr(rows, field.name) for field in dataclasses.fields(Rows) if field.name != "stop"}
+    new = {name: getattr(entry, name) for name in ("position", "count", "limit", "temperature", "top_p")}
     new |= {"token": token, "done": entry.count >= entry.limit, "key": key}
     changed = {name: field.at[row].set(new[name]) for name, field in fields.items()}
-    return Rows(**changed), thresholds.at[:, row, 0].set(entry.threshold)
+    return dataclasses.replace(rows, **changed), thresholds.at[:, row, 0].set(entry.threshold)
 
 
 @functools.partial(jax.jit, donate_argnames=("cache", "rows"))

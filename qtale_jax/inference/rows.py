@@ -1,5 +1,6 @@
 """The state of every row of a decoding batch, and the choice of its next token."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -19,7 +20,7 @@ class Rows:
         position: of that token.
         count: new tokens returned so far.
         limit: most new tokens.
-        stop: the token that ends the row; it is returned; -1: none.
+        stop: tokens that end any of the rows; they are returned.
         done: nothing more comes.
         key: seed of sampling, one per row.
         temperature: 0 for greedy.
@@ -30,11 +31,26 @@ class Rows:
     position: Int32[Array, " b"]
     count: Int32[Array, " b"]
     limit: Int32[Array, " b"]
-    stop: Int32[Array, " b"]
+    stop: Int32[Array, " e"]
     done: Bool[Array, " b"]
     key: PRNGKeyArray
     temperature: Float32[Array, " b"]
     top_p: Float32[Array, " b"]
+
+    @property
+    def at_end(self) -> Bool[Array, " b"]:
+        """Whether the token of each row ends it."""
+        return is_end(self.token, self.stop)
+
+
+def end_tokens(ids: Sequence[int]) -> Int32[Array, " e"]:
+    """Ids as `Rows.stop`; none are a -1, which no token is, so that none and one share a program."""
+    return jnp.asarray(tuple(ids) or (-1,), jnp.int32)
+
+
+def is_end(tokens: Int32[Array, " b"], stop: Int32[Array, " e"]) -> Bool[Array, " b"]:
+    """Which of the tokens are among those that end a row."""
+    return jnp.any(tokens[:, None] == stop[None, :], axis=1)
 
 
 def choose(

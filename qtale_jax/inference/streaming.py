@@ -13,7 +13,7 @@ from qtale_jax.inference.decode import decode, first_token
 from qtale_jax.inference.growth import LEAST_STEP, Growth, alive
 from qtale_jax.inference.pages import PAGE, PagedCache, empty_pages, resized
 from qtale_jax.inference.prefill import prefill
-from qtale_jax.inference.rows import Rows
+from qtale_jax.inference.rows import Rows, end_tokens
 from qtale_jax.models.cache import cache_bytes
 from qtale_jax.models.decoder import Parameters
 from qtale_jax.models.policy import Policy
@@ -162,10 +162,10 @@ def stream(
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    stop_id: int = -1,
+    stop_ids: Sequence[int] = (),
     options: Options | None = None,
 ) -> Iterator[Progress]:
-    """Continues right-padded prompts until `stop_id` or `max_new_tokens`, chunk by chunk; see `run_prompts`.
+    """Continues right-padded prompts until one of `stop_ids` or `max_new_tokens`, chunk by chunk; see `run_prompts`.
 
     Args:
         spec: the model (`spec.structure`).
@@ -177,7 +177,7 @@ def stream(
         max_new_tokens: per row.
         temperature: 0 for greedy.
         top_p: nucleus mass.
-        stop_id: the token that ends a row; it is counted; -1: none.
+        stop_ids: tokens that end a row; they are counted.
         options: how.
 
     Yields:
@@ -196,7 +196,7 @@ def stream(
         position=jnp.asarray(lengths, jnp.int32),
         count=jnp.zeros((batch,), jnp.int32),
         limit=jnp.full((batch,), max_new_tokens, jnp.int32),
-        stop=jnp.full((batch,), stop_id, jnp.int32),
+        stop=end_tokens(stop_ids),
         done=jnp.zeros((batch,), jnp.bool_),
         key=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch)),
         temperature=jnp.full((batch,), temperature, jnp.float32),

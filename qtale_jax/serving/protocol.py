@@ -49,6 +49,7 @@ class Body(_Part):
     """
 
     default_new_tokens: ClassVar[int | None] = None
+    continues: ClassVar[bool] = True
 
     model: str
     max_tokens: int | None = Field(default=None, ge=1)
@@ -99,6 +100,7 @@ class Body(_Part):
             seed=secrets.randbits(32) if self.seed is None else self.seed % 2**32,
             theta=self.theta,
             stop=stop,
+            continues=self.continues,
         )
 
     def _asked(self) -> int | None:
@@ -152,6 +154,8 @@ class ChatMessage(BaseModel):
 
 class ChatBody(Body):
     """A request for `/v1/chat/completions`."""
+
+    continues: ClassVar[bool] = False
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: int | None = Field(default=None, ge=1)

@@ -1,5 +1,6 @@
 """Requests that share a batch: each gets what it would get alone, and leaves nothing behind."""
 
+import dataclasses
 import threading
 from collections import Counter
 from functools import cache
@@ -160,6 +161,23 @@ def test_first_come_first_served(engine):
         streams.append(engine.submit(prompt, RequestOptions(length), told))
     engine.run()
     assert order == sorted(order) and len(order) == 9
+    is_idle(engine)
+
+
+def test_tokens_that_only_the_checkpoint_says_end_a_turn_end_it(model, alone):
+    prompt = next(prompt for prompt in PROMPTS if len(alone(prompt).tokens) == NEW)
+    free = alone(prompt).tokens
+    place = next(i for i in range(2, NEW) if free[i] not in free[:i])
+    config = {"eos_token_id": [63, free[place]]}
+    chat = dataclasses.replace(model, provenance={"huggingface": {"generation_config": config}})
+    engine = Engine(chat, OPTIONS)
+    engine.warm_up()
+    programs = (prefill, join, decode, leave)
+    before = [program._cache_size() for program in programs]
+    found = engine.submit(prompt, RequestOptions(NEW)).result()
+    assert found.tokens == free[: place + 1] and found.finish_reason == "stop"
+    assert found.text == chat.generate([prompt], NEW)[0].text
+    assert [program._cache_size() for program in programs[:2]] == before[:2]
     is_idle(engine)
 
 

@@ -3,11 +3,11 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from qtale_jax.data import reasoning
 from qtale_jax.data.stops import possible_start
-from qtale_jax.engine.text import RunningText
+from qtale_jax.engine.text import RunningText, neighbours
 
 
 def byte_level() -> Tokenizer:
@@ -20,7 +20,23 @@ def byte_level() -> Tokenizer:
     return found
 
 
-BYTES, WORDS = byte_level(), reasoning.tokenizer()
+def spaces_before_words() -> Tokenizer:
+    """As the SentencePiece models of Llama 2: a space is part of the next word, and of none before the first word."""
+    words = ["▁a", "an", "▁an", "▁and", "th", "he", "▁th", "▁the"]
+    vocabulary = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"ahetnd", *words]
+    merges = [("▁", "a"), ("a", "n"), ("▁a", "n"), ("▁an", "d"), ("t", "h"), ("h", "e"), ("▁", "th"), ("▁th", "e")]
+    ids = {token: index for index, token in enumerate(vocabulary)}
+    found = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True))
+    found.add_special_tokens(["<s>"])
+    found.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    found.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return found
+
+
+BYTES, WORDS, SPACES = byte_level(), reasoning.tokenizer(), spaces_before_words()
+START = SPACES.token_to_id("<s>")
 DECODERS = {"bytes": BYTES.decode, "words": lambda ids: WORDS.decode(ids, skip_special_tokens=True)}
 
 
@@ -63,6 +79,48 @@ def test_it_ends_before_the_first_stop_string(text, stops, cuts):
     else:
         assert any(stop in BYTES.decode(ids[:counted]) for stop in stops)
         assert not any(stop in BYTES.decode(ids[: counted - 1]) for stop in stops)
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, SPACES], ids=["bytes", "spaces"])
+@given(data=st.data())
+def test_a_text_goes_on_from_its_prompt(tokenizer, data):
+    text = data.draw(st.text("ab é€😀 the and", max_size=60))
+    ids = tokenizer.encode(text).ids
+    place = data.draw(st.integers(0, len(ids)))
+    ids, place = ([START, *ids], place + 1) if tokenizer is SPACES else (ids, place)
+    cuts = data.draw(st.lists(st.integers(0, len(ids)), max_size=12))
+    found, counted, _ = pieces(RunningText(tokenizer.decode, after=ids[:place]), ids[place:], cuts)
+    before = tokenizer.decode(ids[:place])
+    before = before if text.startswith(before) else before.rstrip("\ufffd")
+    assert before + "".join(found) == text and counted == len(ids) - place
+
+
+def test_the_space_between_a_prompt_and_its_continuation_stays():
+    prompt, new = [START, *SPACES.encode("the hand").ids], SPACES.encode("and the").ids
+    assert RunningText(SPACES.decode).add(new).text == "and the"
+    assert RunningText(SPACES.decode, after=prompt).add(new).text == " and the"
+    assert RunningText(SPACES.decode, ["d t"], after=prompt).add(new).text == " an"
+    assert RunningText(SPACES.decode, [" a"], after=prompt).add(new).text == ""
+    assert RunningText(SPACES.decode, after=[START]).add(new).text == "and the"
+    assert RunningText(SPACES.decode, after=prompt).add([SPACES.token_to_id("he")]).text == "he"
+
+
+def test_neighbours_have_text_and_begin_with_a_whole_character():
+    for count in range(4):
+        last, text = neighbours(SPACES.decode, SPACES.encode("😀" * 20 + "a" * count).ids)
+        assert len(last) < 12 and text.strip("😀") == "a" * count
+    marks = [*SPACES.encode("the").ids, *[START] * 100]
+    assert neighbours(SPACES.decode, marks)[1] == "the"
+
+
+def test_what_a_prompt_leaves_unfinished_is_finished_and_what_it_only_looks_like_stays():
+    ids = BYTES.encode("a😀b").ids
+    assert [RunningText(BYTES.decode, after=ids[:n]).add(ids[n:]).text for n in (1, 2, 3, 4, 5)] == [*["😀b"] * 4, "b"]
+    running = RunningText(BYTES.decode, after=ids[:2])
+    assert [running.add([token]).text for token in ids[2:]] == ["", "", "😀", "b"]
+    written = BYTES.encode("a\ufffd").ids
+    assert RunningText(BYTES.decode, after=written).add(BYTES.encode(" b😀").ids[:-1]).text == " b"
+    assert RunningText(BYTES.decode, after=written).end() == ""
 
 
 def test_characters_come_whole():

@@ -101,6 +101,7 @@ def test_continuations_are_those_of_one_device(loaded, rows):
             model.tokenizer,
             requests,
             policy,
+            ends=(2,),
             batch_size=4,
             compute_dtype=jnp.dtype("float32"),
         )

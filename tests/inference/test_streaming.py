@@ -11,6 +11,7 @@ from qtale_jax.inference.generation import generate
 from qtale_jax.inference.pages import page_bytes
 from qtale_jax.inference.policies import inference_policy
 from qtale_jax.inference.prefill import prefill
+from qtale_jax.inference.rows import end_tokens
 from qtale_jax.inference.streaming import Options, joined, stream
 from qtale_jax.models.policy import Sampled
 
@@ -40,7 +41,7 @@ def run(*arguments, **settings):
     return joined(chunks(*arguments, **settings))
 
 
-def masked(model, prompts, *, theta=None, seed=0, temperature=0.0, top_p=1.0, stop_id=-1, cache_dtype=None):
+def masked(model, prompts, *, theta=None, seed=0, temperature=0.0, top_p=1.0, stop_ids=(), cache_dtype=None):
     spec, params = model
     tokens, lengths = padded(prompts)
     return jax.device_get(
@@ -53,7 +54,7 @@ def masked(model, prompts, *, theta=None, seed=0, temperature=0.0, top_p=1.0, st
             jax.random.key(seed),
             jnp.float32(temperature),
             jnp.float32(top_p),
-            jnp.int32(stop_id),
+            end_tokens(stop_ids),
             max_new_tokens=NEW,
             cache_dtype=cache_dtype,
         )
@@ -77,7 +78,14 @@ def test_tokens_are_those_of_the_masked_engine(routed, prompts):
     assert 0.1 < out.execute[:, :-1, 1:].mean() < 0.9
     same(out, expected)
     free = expected.tokens
-    same(run(routed, prompts, stop_id=int(free[0, 2])), masked(routed, prompts, stop_id=int(free[0, 2])))
+    # Each of two tokens ends rows, and not only the first or the last one.
+    ends = [int(free[0, 2]), int(free[1, 4])]
+    out, expected = run(routed, prompts, stop_ids=ends), masked(routed, prompts, stop_ids=ends)
+    same(out, expected)
+    for row, tokens in enumerate(free.tolist()):
+        place = next((i + 1 for i, token in enumerate(tokens) if token in ends), NEW)
+        assert expected.tokens[row, : expected.counts[row]].tolist() == tokens[:place]
+    assert expected.counts[0] <= 3 and expected.counts[1] <= 5
     sampling = {"temperature": 1.5, "top_p": 0.9, "seed": 3}
     same(run(routed, prompts, **sampling), masked(routed, prompts, **sampling))
     assert not np.array_equal(run(routed, prompts, **sampling).tokens, out.tokens)
@@ -132,7 +140,7 @@ def test_one_program_per_shape_and_none_after_the_first_call(routed, prompts):
     run(routed, prompts, options=large, seed=1)
     after = [program._cache_size() for program in (prefill, decode)]
     assert all(0 <= two - one <= 1 for one, two in zip(before, after, strict=True))
-    run(routed, prompts[::-1], theta=0.3, temperature=0.7, top_p=0.9, seed=8, stop_id=4, options=large)
+    run(routed, prompts[::-1], theta=0.3, temperature=0.7, top_p=0.9, seed=8, stop_ids=[4], options=large)
     run(routed, [[3] * 8, [1], [2, 5]], theta=1.0, options=large)
     assert [program._cache_size() for program in (prefill, decode)] == after
 

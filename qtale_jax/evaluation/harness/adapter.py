@@ -17,6 +17,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from qtale_jax.artifact import LoadedModel
+from qtale_jax.data.stops import end_ids
 from qtale_jax.errors import InputError
 from qtale_jax.evaluation.evaluate import layout
 from qtale_jax.evaluation.harness.generation import Request, continue_requests
@@ -73,6 +74,7 @@ class HarnessModel(TemplateLM):
         self.tokenizer: Any = model.tokenizer
         self.counts: dict[str, TaskCounts] = {}
         self._spec, self._params = model.spec, model.params
+        self._ends = end_ids(model.tokenizer, model.provenance)
         self._layout = layout(model.spec, model.params)
         self._policy = inference_policy(model.spec, theta)
         self._batch_size, self._dtype = batch_size, jnp.dtype(compute_dtype)
@@ -215,6 +217,7 @@ class HarnessModel(TemplateLM):
                 self.tokenizer,
                 asked,
                 self._policy,
+                ends=self._ends,
                 batch_size=self._batch_size,
                 compute_dtype=self._dtype,
                 progress=self._progress,

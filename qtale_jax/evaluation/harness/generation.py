@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from qtale_jax.data.stops import first_stop, tokens_until
+from qtale_jax.data.tokens import decode
 from qtale_jax.evaluation.likelihood import Counted, count
 from qtale_jax.inference.generation import Generated, generate
+from qtale_jax.inference.rows import end_tokens
 from qtale_jax.models.decoder import Parameters
 from qtale_jax.models.placement import everywhere, mesh_of, rows_on
 from qtale_jax.models.policy import Policy
@@ -36,7 +38,7 @@ def width_class(length: int) -> int:
 
 @dataclass
 class Request:
-    """A prompt that is continued until a stop string, the end token or `max_new_tokens`."""
+    """A prompt that is continued until a stop string, an end token or `max_new_tokens`."""
 
     prompt: list[int]
     stops: tuple[str, ...]
@@ -60,6 +62,7 @@ def continue_requests(
     requests: Sequence[Request],
     policy: Policy,
     *,
+    ends: Sequence[int],
     batch_size: int,
     compute_dtype: jnp.dtype,
     seed: int = 0,
@@ -73,9 +76,10 @@ def continue_requests(
     Args:
         spec: the model.
         params: one tree per layer.
-        tokenizer: of the model; its end token ends a request.
+        tokenizer: of the model.
         requests: prompts of at least one token.
         policy: route policy, `Dense` or `Thresholded`.
+        ends: tokens that end a request, see `end_ids`.
         batch_size: rows of every batch; short batches are filled up with copies that are not counted.
         compute_dtype: type of activations.
         seed: of sampling.
@@ -85,7 +89,6 @@ def continue_requests(
         What prompts and new tokens executed: every token once, up to the one that completes the stop string, and not
         the last one, which is never run. None without requests.
     """
-    end = tokenizer.eos_token_id
     total: Counted | None = None
     waiting, turn = list(requests), 0
     while waiting:
@@ -96,9 +99,9 @@ def continue_requests(
             batch = [r for r in waiting[position : position + batch_size] if r.kind == waiting[position].kind]
             position += len(batch)
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), turn), position)
-            found = _round(spec, params, batch, batch_size, policy, end, key, compute_dtype)
+            found = _round(spec, params, batch, batch_size, policy, ends, key, compute_dtype)
             for row, request in enumerate(batch):
-                counted = _take(spec, tokenizer, request, found, row)
+                counted = _take(spec, tokenizer, request, found, row, ends)
                 if counted is None:
                     unfinished.append(request)
                 else:
@@ -114,11 +117,11 @@ def _round(
     batch: Sequence[Request],
     batch_size: int,
     policy: Policy,
-    end: int | None,
+    ends: Sequence[int],
     key: jax.Array,
     compute_dtype: jnp.dtype,
 ) -> Generated:
-    """Adds `ROUND` tokens, or as many as there are before the end token, to every request of a batch."""
+    """Adds `ROUND` tokens, or as many as there are before an end token, to every request of a batch."""
     # Copies of the first fill the batch up: they end when it does, so that nobody waits for them.
     rows = [request.prompt + request.new for request in batch]
     rows += [rows[0]] * (batch_size - len(rows))
@@ -137,29 +140,31 @@ def _round(
             key,
             jnp.float32(batch[0].temperature),
             jnp.float32(batch[0].top_p),
-            jnp.int32(-1 if end is None else end),
+            end_tokens(ends),
             max_new_tokens=ROUND,
             compute_dtype=compute_dtype,
         )
         return jax.device_get(out if mesh is None else everywhere(mesh, out))
 
 
-def _take(spec: ModelSpecification, tokenizer: Any, request: Request, found: Generated, row: int) -> Counted | None:
+def _take(
+    spec: ModelSpecification, tokenizer: Any, request: Request, found: Generated, row: int, ends: Sequence[int]
+) -> Counted | None:
     """Takes a round's tokens over; if the request is finished by them, sets its text and returns what it executed."""
 
-    def decode(ids: Sequence[int]) -> str:
-        return tokenizer.decode(list(ids), skip_special_tokens=True)
+    def text_of(ids: Sequence[int]) -> str:
+        return decode(tokenizer, ids, ends)
 
     before = len(request.new)
     added = found.tokens[row, : int(found.counts[row])].tolist()
     new = (request.new + added)[: request.max_new_tokens]
-    text = decode(new)
+    text = text_of(new)
     stop = first_stop(text, request.stops)
     request.new = new
-    ended = bool(new) and new[-1] == tokenizer.eos_token_id
+    ended = bool(new) and new[-1] in ends
     if stop is None and not ended and len(new) < request.max_new_tokens:
         return None
-    kept = len(new) if stop is None else tokens_until(new, request.stops, decode)
+    kept = len(new) if stop is None else tokens_until(new, request.stops, text_of)
     request.text = text if stop is None else text[:stop]
     length = len(request.prompt) + before
     execute = np.concatenate([found.prompt_execute[row, :length], found.new_execute[row]])

@@ -1,5 +1,7 @@
 """Against the harness's own Hugging Face backend on the same weights (golden/generate.py)."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -41,10 +43,19 @@ def test_continuations_agree_and_end_before_the_stop_string(model, expected):
     assert spanning >= 4
 
 
+def test_tokens_that_only_the_checkpoint_says_end_a_turn_end_it(model, stories, expected):
+    prompt, _, whole = next(entry for entry in expected["generation"] if entry[1] == ["never said"])
+    end = model.tok_encode(whole, add_special_tokens=False)[12]
+    config = {"huggingface": {"generation_config": {"eos_token_id": [1, end]}}}
+    chat = HarnessModel(dataclasses.replace(stories, provenance=config), batch_size=8)
+    (found,) = ask(chat, "generate_until", [(prompt, {"until": [], "max_gen_toks": 70})])
+    assert found and whole.startswith(found) and len(found) < len(whole) / 2
+
+
 def test_a_stop_string_may_begin_in_one_round_and_end_in_the_next(model, stories, expected):
     prompt, _, whole = next(entry for entry in expected["generation"] if entry[1] == ["never said"])
     request = Request(model.tok_encode(prompt), (), 70)
-    settings = {"batch_size": 8, "compute_dtype": jnp.dtype(jnp.float32)}
+    settings = {"ends": (1,), "batch_size": 8, "compute_dtype": jnp.dtype(jnp.float32)}
     policy = inference_policy(stories.spec)
     continue_requests(stories.spec, stories.params, stories.tokenizer, [request], policy, **settings)
     assert request.text == whole and len(request.new) == 70

@@ -1,6 +1,7 @@
 """There and back: bit-equal tensors, and what Hugging Face has no word for."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import safetensors.numpy
 
 from qtale_jax import artifact
 from qtale_jax.artifact.arrays import flatten, nest
+from qtale_jax.data.stops import end_ids
 from qtale_jax.errors import InputError
 from qtale_jax.models.forward import forward
 from qtale_jax.models.huggingface import from_huggingface, read_huggingface, to_huggingface
@@ -44,6 +46,15 @@ def test_convert_and_back_is_bit_equal(converted, golden, raw, name, tmp_path):
     assert ("lm_head.weight" in after) == (name not in TIED)
     generation = json.loads((tmp_path / "back" / "generation_config.json").read_text())
     assert generation == json.loads((golden / name / "generation_config.json").read_text())
+
+
+def test_what_ends_a_turn_is_known_after_conversion(checkpoint, tmp_path):
+    file = checkpoint / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [2, 9]}))
+    from_huggingface(checkpoint, tmp_path / "model")
+    to_huggingface(tmp_path / "model", tmp_path / "back")
+    for found in (artifact.load_model(tmp_path / "model"), read_huggingface(tmp_path / "back")):
+        assert end_ids(SimpleNamespace(eos_token_id=3), found.provenance) == (3, 2, 9)
 
 
 def test_a_second_round_is_the_same(converted, tmp_path):
