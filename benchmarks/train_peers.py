@@ -6,6 +6,7 @@
 CHECKOUT is a clone of https://github.com/Jyk-122/D-LLM, whose `llama/model_train.py` is run, with AdamW over its LoRA
 and routers as in its `finetuning.py`. It turns activations into bfloat16 for the GPUs that it is written for; here they
 stay in float32, as ours do. Both sides have the same shapes, routers, adapters and dropout, and take whole steps.
+Masked training takes the same time whatever executes; training that skips is measured where half of the layers execute.
 """
 
 import types
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from harness import Row, in_turns, parser, report
 from train import SMALLER, Step, configuration
+from train_skip import SHARES, step
 
 ROWS, LENGTH, VOCABULARY = 4, 256, 32000
 PEER = "D-LLM reference, torch float32"
@@ -73,7 +75,8 @@ def reference_step(checkout: Path) -> Callable[[], float]:
 def measure(checkout: Path, rounds: int) -> list[Row]:
     """Tokens per second of both."""
     ours = Step(configuration(SMALLER, ROWS, LENGTH))
-    times = in_turns({PEER: reference_step(checkout), "ours": ours}, rounds)
+    skipping = {f"ours, skipped share {share:g}": step(SMALLER, share) for share in SHARES}
+    times = in_turns({PEER: reference_step(checkout), "ours, masked": ours, **skipping}, rounds)
     speed = {name: ours.tokens / seconds for name, seconds in times.items()}
     return [Row(f"{name}, 8 layers, d 512", speed[name], "tokens/s", PEER, speed[name] / speed[PEER]) for name in speed]
 
