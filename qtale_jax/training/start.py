@@ -88,7 +88,8 @@ def routing_from(config: Config, num_layers: int) -> RoutingSpecification | None
     names = ("method", "always_on_layers", "always_on_tokens", "router_hidden", "counting", "target", "eviction")
     theta, router = routing.threshold, "learned"
     if routing.method == "random":  # its p is uniform, so the share it is trained at says what theta has to be
-        theta = 1 - float(routed_share(routing.target, num_layers, routing.always_on_layers, routing.counting))
+        with jax.ensure_compile_time_eval():  # dry runs trace this
+            theta = 1 - float(routed_share(routing.target, num_layers, routing.always_on_layers, routing.counting))
         router = "hashed"
     thresholds = {}
     if theta != 0.5:
@@ -144,8 +145,11 @@ def extended(
         lora = LoraSpecification(**config.lora.model_dump())
     # Gradients go through the products with stored weights, and the kernels have none.
     spec = spec.model_copy(update={"kernels": "xla"})
-    _check_reachable(config, spec.architecture.num_layers)
-    return adapt(spec, params, routing_from(config, spec.architecture.num_layers), lora, key)
+    layers = spec.architecture.num_layers
+    _check_routed(config, layers)
+    found = adapt(spec, params, routing_from(config, layers), lora, key)
+    _check_target(config, layers)
+    return found
 
 
 def check_quantized(config: Config, spec: ModelSpecification) -> None:
@@ -166,8 +170,8 @@ def check_quantized(config: Config, spec: ModelSpecification) -> None:
         raise InputError(f"{found} in different formats from layer to layer, which training cannot stack")
 
 
-def _check_reachable(config: Config, layers: int) -> None:
-    """Some layer and some token are routed, and the target is above what always runs."""
+def _check_routed(config: Config, layers: int) -> None:
+    """Some layer and some token are routed."""
     routing = config.routing
     if routing.method == "dense":
         return
@@ -181,11 +185,17 @@ def _check_reachable(config: Config, layers: int) -> None:
             f"routing.always_on_tokens={routing.always_on_tokens} leaves no routed token of "
             f"data.length={config.data.length}; allowed: 0 to {config.data.length - 1}"
         )
-    lowest = min((routing.target, *(routing.target_range or ())))
-    if routing.counting == "all" and lowest < always / layers:
+
+
+def _check_target(config: Config, layers: int) -> None:
+    """The target is not below what always runs; of a range the end is not, and what is below is as near as can be."""
+    routing = config.routing
+    key, target = ("target_range", routing.target_range[1]) if routing.target_range else ("target", routing.target)
+    share = routing.always_on_layers / layers
+    if routing.method != "dense" and routing.counting == "all" and target < share:
         raise InputError(
-            f"routing.target={lowest:g} is below what routing.always_on_layers={always} of {layers} layers run; "
-            f"allowed: {always / layers:.3g} to 1, or routing.counting=routed"
+            f"routing.{key}={target:g} is below what routing.always_on_layers={routing.always_on_layers} of {layers} "
+            f"layers run; allowed: {share:.3g} to 1, or routing.counting=routed"
         )
 
 

@@ -84,7 +84,9 @@ def test_no_signal_leaves_workers_behind_or_hits_them_from_the_terminal(tmp_path
     }
     (tmp_path / "endless.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "qtale_jax.experiment", str(tmp_path / "endless.yaml")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    # What runs the tests may ignore signals, as `nohup` and shells in the background do, which processes inherit.
+    heard = {"start_new_session": True, "preexec_fn": lambda: signal.signal(number, signal.SIG_DFL)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **heard) as process:
         try:
             assert process.stderr is not None
             assert next(line for line in process.stderr if "base: started" in line)

@@ -162,6 +162,14 @@ def test_identity_knows_the_rows_and_the_parent(tmp_path, make_config):
         check_claim(tmp_path, make_config(model={"path": str(tmp_path / "gone")}))
 
 
+@pytest.mark.parametrize("method", ["dllm", "qtale", "mod", "random"])
+def test_shapes_tell_what_training_starts_from(make_config, method):
+    config = make_config(routing={"method": method})
+    parent = ModelSpecification(architecture=architecture_from(config.model.architecture, 60))
+    spec, _ = extended_abstract(config, parent)
+    assert spec.routing is not None and spec.routing.method == method
+
+
 @pytest.mark.parametrize("method", ["qtale", "random"])
 @pytest.mark.parametrize(
     ("routing", "message"),
