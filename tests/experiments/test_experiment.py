@@ -83,10 +83,13 @@ def test_no_signal_leaves_workers_behind_or_hits_them_from_the_terminal(tmp_path
         "experiment": {"base": {}, "methods": {"dense": {}}},
     }
     (tmp_path / "endless.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "qtale_jax.experiment", str(tmp_path / "endless.yaml")]
     # What runs the tests may ignore signals, as `nohup` and shells in the background do, which processes inherit.
-    heard = {"start_new_session": True, "preexec_fn": lambda: signal.signal(number, signal.SIG_DFL)}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **heard) as process:
+    heard = (
+        "import os, signal, sys; signal.signal(int(sys.argv[1]), signal.SIG_DFL); os.execv(sys.argv[2], sys.argv[2:])"
+    )
+    command = [sys.executable, "-m", "qtale_jax.experiment", str(tmp_path / "endless.yaml")]
+    command = [sys.executable, "-c", f"import os, signal, sys; {heard}", str(int(number)), *command]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
             assert process.stderr is not None
             assert next(line for line in process.stderr if "base: started" in line)
