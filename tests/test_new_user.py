@@ -33,7 +33,7 @@ def folder(tmp_path_factory) -> Path:
         vocab_size=64,
         hidden_size=128,
         intermediate_size=128,
-        num_layers=3,
+        num_layers=4,  # half of them is more than the two that always run
         num_heads=2,
         num_kv_heads=1,
         head_dim=64,
