@@ -1,13 +1,16 @@
 """What all benchmarks share: timing in turns, the JSON that they write, the table that they print.
 
-A benchmark compares things within one run of one process: every round measures each of them once, so that a slow spell
-of the machine hits all alike, and medians over the rounds are reported, with the ratio to a named baseline.
+A benchmark compares things within one run, in one process unless it says otherwise: every round measures each of them
+once, so that a slow spell of the machine hits all alike, and medians over the rounds are reported, with the ratio to a
+named baseline.
 """
 
 import argparse
 import json
+import multiprocessing
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from qtale_jax.allocator import keep_freed_memory
 from qtale_jax.artifact import versions
 from qtale_jax.reporting.console import table
 from qtale_jax.reporting.environment import environment
@@ -38,6 +42,42 @@ def seconds(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - start
+
+
+@contextmanager
+def elsewhere(make: Callable[[], Callable[[], Any]], keeps_memory: bool) -> Iterator[Callable[[], Any]]:
+    """What `make` gives, in a process of its own: a function that calls it there and waits for its results.
+
+    With `keeps_memory` the process treats freed memory as `python -m qtale_jax.train` does, otherwise as it comes.
+    `make` has to be a function of a module, or a partial one.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, make, keeps_memory), daemon=True)
+    process.start()
+    there.close()
+
+    def call() -> None:
+        here.send(True)
+        here.recv()
+
+    try:
+        yield call
+    finally:
+        here.close()
+        process.join()
+
+
+def _serve(connection: Any, make: Callable[[], Callable[[], Any]], keeps_memory: bool) -> None:
+    if keeps_memory and not keep_freed_memory():
+        print("freed memory is not kept here", flush=True)
+    run = make()
+    try:
+        while connection.recv():
+            jax.block_until_ready(run())
+            connection.send(None)
+    except EOFError:
+        return
 
 
 def in_turns(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:

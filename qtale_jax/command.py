@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from qtale_jax.allocator import keep_freed_memory
 from qtale_jax.config.help import help_text
 from qtale_jax.config.loading import load_config, resolve
 from qtale_jax.config.schema import Config
@@ -138,8 +139,13 @@ def _say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
-    """Calls `main` and exits with its result, 2 and one line on stderr for an `InputError`, 130 if interrupted."""
+def run(main: Callable[[], int | None], *, repeats: bool = False) -> NoReturn:
+    """Calls `main` and exits with its result, 2 and one line on stderr for an `InputError`, 130 if interrupted.
+
+    With `repeats` it runs the same programs again and again, and memory that they free is kept for the next time.
+    """
+    if repeats:
+        keep_freed_memory()
     # For good: such reports come as late as the interpreter's end.
     sys.unraisablehook = functools.partial(_report, sys.unraisablehook)
     threading.excepthook = functools.partial(_report, threading.excepthook)

@@ -24,4 +24,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, repeats=True)
