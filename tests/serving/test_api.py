@@ -149,6 +149,8 @@ BAD = [
     (ask(stop=[""]), "stop"),
     (ask(theta=2), "theta"),
     (ask(theta=[0.1]), "1 thresholds for 2 routed layers"),
+    (ask(stream=True, stream_options={"include_obfuscation": "yes"}), "stream_options"),
+    (ask(stream=True, stream_options={"usage": True}), "stream_options.usage: unknown key"),
     (ask(n=2), "n is not supported; allowed: null or 1"),
     (ask(logprobs=5), "logprobs is not supported"),
     (ask(temprature=1), "temprature: unknown key"),
@@ -161,6 +163,31 @@ def test_malformed_requests_are_400(running, body, message):
     error = json.loads(text)["error"]
     assert (status, error["type"]) == (400, "invalid_request_error"), error
     assert message in error["message"] and "\n" not in error["message"] and set(error) >= {"param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"max_tokens": 29}, "max_tokens"),
+        ({"max_completion_tokens": 29}, "max_completion_tokens"),
+        ({"max_tokens": 3, "max_completion_tokens": 29}, "max_completion_tokens"),
+    ],
+)
+def test_an_error_about_the_new_tokens_names_the_key_that_asked_for_them(running, asked, named):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": WORDS[3]}], **asked}
+    status, _, text = raw(running, "POST", "/v1/chat/completions", json.dumps(body).encode())
+    error = json.loads(text)["error"]
+    assert (status, error["message"], error["param"]) == (400, f"{named}=29; allowed: up to 28", named)
+
+
+@pytest.mark.parametrize("padded", [True, False, None])
+def test_a_stream_may_be_asked_for_padding_and_has_none(client, expected, padded):
+    options = {"include_usage": True, "include_obfuscation": padded}
+    settings = {"model": "tiny", "prompt": PROMPTS[1], "max_tokens": NEW, "temperature": 0}
+    *chunks, last = client.completions.create(**settings, stream=True, stream_options=options)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected[PROMPTS[1]].text
+    assert last.usage.completion_tokens == len(expected[PROMPTS[1]].tokens)
+    assert not any(hasattr(chunk, "obfuscation") for chunk in chunks)
 
 
 def test_other_refusals(running, client):
