@@ -1,4 +1,4 @@
-"""Requests as clients write them: the fields of OpenAI's API that mean something here, and `theta`."""
+"""Requests as clients write them: the fields of OpenAI's API that mean something here, `theta` and `ignore_eos`."""
 
 import secrets
 from collections.abc import Sequence
@@ -51,6 +51,7 @@ class Body(_Part):
     """What both kinds of requests have.
 
     `theta` is ours: the routers' threshold, one for all layers or one per routed layer; default: the model's own.
+    `ignore_eos`, which other servers have, too: end tokens do not end the text.
     """
 
     default_new_tokens: ClassVar[int | None] = None
@@ -68,6 +69,7 @@ class Body(_Part):
     metadata: dict[str, str] | None = None
     store: bool | None = None
     theta: Number | list[Number] | None = None
+    ignore_eos: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -108,6 +110,7 @@ class Body(_Part):
             seed=secrets.randbits(32) if self.seed is None else self.seed % 2**32,
             theta=self.theta,
             stop=stop,
+            ignore_eos=bool(self.ignore_eos),
             continues=self.continues,
         )
 

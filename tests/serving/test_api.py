@@ -148,6 +148,7 @@ BAD = [
     (ask(top_p=0), "top_p"),
     (ask(stop=[""]), "stop"),
     (ask(theta=2), "theta"),
+    (ask(ignore_eos=1), "ignore_eos"),
     (ask(theta=[0.1]), "1 thresholds for 2 routed layers"),
     (ask(stream=True, stream_options={"include_obfuscation": "yes"}), "stream_options"),
     (ask(stream=True, stream_options={"usage": True}), "stream_options.usage: unknown key"),
@@ -188,6 +189,26 @@ def test_a_stream_may_be_asked_for_padding_and_has_none(client, expected, padded
     assert "".join(chunk.choices[0].text for chunk in chunks) == expected[PROMPTS[1]].text
     assert last.usage.completion_tokens == len(expected[PROMPTS[1]].tokens)
     assert not any(hasattr(chunk, "obfuscation") for chunk in chunks)
+
+
+def test_a_request_that_ignores_end_tokens_has_all_that_it_asked_for(running, client, model):
+    """Beside one that ends with them."""
+    prompt, own = PROMPTS[4], model.tokenizer.eos_token_id
+    alone = {seed: model.generate([prompt], NEW, 1.0, 1.0, seed=seed)[0] for seed in range(40)}
+    seed = next(seed for seed, found in alone.items() if own in found.tokens[: NEW - 4])
+    settings = {"model": "tiny", "prompt": prompt, "max_tokens": NEW, "seed": seed, "stream": True}
+    settings["stream_options"] = {"include_usage": True}
+    streams = [client.completions.create(**settings, extra_body={"ignore_eos": asked}) for asked in (False, True, None)]
+    chunks = [list(stream) for stream in streams]
+    texts = ["".join(chunk.choices[0].text for chunk in each[:-1]) for each in chunks]
+    assert [each[-2].choices[0].finish_reason for each in chunks] == ["stop", "length", "stop"]
+    ended = len(alone[seed].tokens)
+    assert [each[-1].usage.completion_tokens for each in chunks] == [ended, NEW, ended]
+    assert texts[0] == texts[2] == alone[seed].text and texts[1].startswith(texts[0]) and texts[1] != texts[0]
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": WORDS[3]}], "max_tokens": NEW}
+    answers = [client.chat.completions.create(**chat, seed=i, extra_body={"ignore_eos": True}) for i in range(12)]
+    assert {(one.usage.completion_tokens, one.choices[0].finish_reason) for one in answers} == {(NEW, "length")}
+    assert running.is_idle()
 
 
 def test_other_refusals(running, client):
