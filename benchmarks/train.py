@@ -53,9 +53,9 @@ class Step:
             ids = np.random.default_rng(0).integers(3, 32000, (rows, length)).astype(np.int32)
             ones = np.ones((rows, length), np.int32)
             batch = {"tokens": ids, "targets": np.roll(ids, -1, 1), "weights": ones.astype(np.float32)}
-            self.batch = sharded_batch(mesh, batch | {"segment_ids": ones})
+            self._batch = sharded_batch(mesh, batch | {"segment_ids": ones})
             step = jax.jit(TrainStep(self.start.spec, config, optimizer, 100), donate_argnums=0)
-            lowered = step.lower(self.state, self.start.frozen, None, self.batch, jax.random.key(1))
+            lowered = step.lower(self.state, self.start.frozen, None, self._batch, jax.random.key(1))
             since = time.perf_counter()
             self._compiled = lowered.compile()
             self.compile_seconds = time.perf_counter() - since
@@ -65,7 +65,7 @@ class Step:
 
     def __call__(self) -> jax.Array:
         """Takes a step; returns its loss."""
-        self.state, metrics = self._compiled(self.state, self.start.frozen, None, self.batch, jax.random.key(1))
+        self.state, metrics = self._compiled(self.state, self.start.frozen, None, self._batch, jax.random.key(1))
         return metrics["loss"]
 
 

@@ -216,6 +216,20 @@ def test_end_tokens_are_those_of_the_tokenizer_and_of_the_checkpoint(model, path
         ending_with(model, "</s>").generate([PROMPT], 2)
 
 
+def test_config_json_has_the_end_tokens_of_a_checkpoint_without_generation_config(model):
+    def ends(**checkpoint):
+        return dataclasses.replace(model, provenance={"huggingface": checkpoint}).end_ids
+
+    own = model.tokenizer.eos_token_id
+    for value, found in ((None, (own,)), (7, (own, 7)), ([7, own, 9], (own, 7, 9))):
+        assert ends(config={"eos_token_id": value}) == found
+    assert ends(config={}) == ends() == (own,)
+    assert ends(config={"eos_token_id": 7}, generation_config={"eos_token_id": 9}) == (own, 9)
+    assert ends(config={"eos_token_id": 7}, generation_config={"bos_token_id": 1}) == (own,)  # transformers does so too
+    with pytest.raises(InputError, match="^config.json: eos_token_id=True; allowed: a token id, or a list of them"):
+        ends(config={"eos_token_id": True})
+
+
 @pytest.fixture(scope="module")
 def spaced(model):
     """The model with a tokenizer whose words have their space before them, and whose texts begin with none."""

@@ -20,6 +20,11 @@ class PointsConfig(Section):
         return self
 
 
+def shown(value: float) -> str:
+    """A ratio or theta as results say it."""
+    return f"{value:.2f}"
+
+
 def check_labels(ratios: Iterable[float], thresholds: Iterable[float]) -> None:
     """Results say at what ratio or theta they are, to two digits.
 
@@ -29,7 +34,7 @@ def check_labels(ratios: Iterable[float], thresholds: Iterable[float]) -> None:
     for name, values in (("ratios", ratios), ("thresholds", thresholds)):
         seen: dict[str, float] = {}
         for value in values:
-            label = f"{value:.2f}"
+            label = shown(value)
             if label in seen:
                 raise ValueError(
                     f"{name} {seen[label]:g} and {value:g} are both shown as {label}; allowed: one of them"

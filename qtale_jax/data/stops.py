@@ -9,17 +9,19 @@ from qtale_jax.errors import InputError
 def end_ids(tokenizer: Any, provenance: Mapping[str, Any]) -> tuple[int, ...]:
     """Tokens that end a continuation: the tokenizer's end token, and those of the checkpoint's generation_config.json.
 
-    Chat models end their turns with tokens that stand only there. `provenance` is that of the model, which what is made
-    of a converted checkpoint inherits.
+    Chat models end their turns with tokens that stand only there. A checkpoint without that file has them in
+    config.json, as transformers does. `provenance` is that of the model, which what is made of a converted checkpoint
+    inherits.
 
     Raises:
-        InputError: generation_config.json has something else there than token ids.
+        InputError: the file has something else there than token ids.
     """
-    config = (provenance.get("huggingface") or {}).get("generation_config") or {}
-    found = config.get("eos_token_id")
+    checkpoint = provenance.get("huggingface") or {}
+    file = "generation_config" if "generation_config" in checkpoint else "config"
+    found = (checkpoint.get(file) or {}).get("eos_token_id")
     listed = found if isinstance(found, list) else [] if found is None else [found]
     if not all(isinstance(one, int) and not isinstance(one, bool) for one in listed):
-        raise InputError(f"generation_config.json: eos_token_id={found!r}; allowed: a token id, or a list of them")
+        raise InputError(f"{file}.json: eos_token_id={found!r}; allowed: a token id, or a list of them")
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return tuple(dict.fromkeys([*own, *listed]))
 

@@ -179,6 +179,7 @@ def entry(
     threshold: Float32[np.ndarray, " r"],
     limit: int,
     count: int = 0,
+    ignore_end: bool = False,
     seed: int = 0,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -186,5 +187,6 @@ def entry(
     """An `Entry` of plain numbers, on the device."""
     numbers = {"position": position, "count": count, "limit": limit}
     fields: dict[str, np.ndarray] = {name: np.asarray(value, np.int32) for name, value in numbers.items()}
+    fields |= {"ignore_end": np.asarray(ignore_end, np.bool_)}
     fields |= {"temperature": np.asarray(temperature, np.float32), "top_p": np.asarray(top_p, np.float32)}
     return Entry(**jax.device_put(fields | {"seed": np.asarray(seed, np.uint32), "threshold": threshold}))

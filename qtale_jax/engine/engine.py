@@ -268,6 +268,7 @@ class Engine:
                 threshold=request.thresholds,
                 limit=options.max_new_tokens,
                 count=len(request.tokens),
+                ignore_end=options.ignore_eos,
                 seed=options.seed,
                 temperature=options.temperature,
                 top_p=options.top_p,
@@ -335,7 +336,7 @@ class Engine:
         if not (done or piece.stopped):
             request.say(piece.text)
             return False
-        at_end_token = done and tokens[-1] in self._ends
+        at_end_token = done and tokens[-1] in self._ends and not request.options.ignore_eos
         reason = "stop" if piece.stopped or at_end_token else "length"
         self._end(request, reason, self._batch.pages(row), piece.text)
         return True

@@ -90,6 +90,8 @@ class RequestOptions:
         seed: of sampling.
         theta: threshold of the routers, one or one per routed layer; None: the model's own.
         stop: strings that end the continuation and are not part of it; they may begin and end within tokens.
+        ignore_eos: end tokens do not end the continuation, and like all special ones have no text; what is measured
+            over a fixed number of tokens needs that.
         continues: its text goes on from that of the prompt; False: it is a text of its own, an answer, and where words
             are tokens with a space before them the first one loses it.
     """
@@ -100,6 +102,7 @@ class RequestOptions:
     seed: int = 0
     theta: ArrayLike | Sequence[float] | None = None
     stop: Sequence[str] = ()
+    ignore_eos: bool = False
     continues: bool = True
 
     def check(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from qtale_jax.artifact.document import read_model_json
 from qtale_jax.config import resolve
+from qtale_jax.config.experiment import shown
 from qtale_jax.config.loading import base_config, method_config, with_overrides
 from qtale_jax.config.schema import Config, ExperimentConfig, QuantizeConfig
 from qtale_jax.errors import InputError
@@ -50,7 +51,8 @@ def plan(config: Config) -> list[Job]:
     """The jobs of an experiment, in an order in which they could run one by one.
 
     Raises:
-        InputError: there is nothing to start from, or an override is wrong.
+        InputError: there is nothing to start from, an override is wrong, or an asked threshold would be shown as the
+            trained one is.
     """
     if config.distributed.enabled:
         raise InputError("distributed.enabled=true: an experiment runs in one process; allowed: train with it")
@@ -65,6 +67,7 @@ def plan(config: Config) -> list[Job]:
         looks: list[Step] = []
         for seed in config.experiment.seeds:
             merged = method_config(config, method, base=base)
+            _check_thresholds(merged, config.experiment, method)
             is_base = merged.routing.method == "dense" and not overrides
             if is_base and seed != config.experiment.seeds[0]:
                 continue  # the base does not depend on the seed of fine-tuning
@@ -85,6 +88,20 @@ def plan(config: Config) -> list[Job]:
             last_looks.append(Job(f"ask {method} once more", tuple(looks)))
     everything = tuple(job.name for job in jobs)
     return jobs + [replace(job, needs=everything) for job in last_looks]
+
+
+def _check_thresholds(config: Config, grid: ExperimentConfig, method: str) -> None:
+    """Results of an asked threshold stand beside those of the trained one: labels have to tell them apart."""
+    trained, own = config.routing.threshold, method in grid.points
+    if config.routing.method == "dense":
+        return
+    for theta in (grid.points[method] if own else grid).thresholds:
+        if theta != trained and shown(theta) == shown(trained):
+            key = f"experiment.points.{method}.thresholds" if own else "experiment.thresholds"
+            raise InputError(
+                f"{key}: {theta:g} and the trained threshold of {method}, {trained:g}, are both shown as "
+                f"{shown(theta)}; allowed: {trained:g} itself, or one further from it"
+            )
 
 
 def _compares(evaluation: Step, steps: Sequence[Step]) -> bool:

@@ -25,6 +25,7 @@ class Entry:
         position: of its first new token: how many tokens have been run.
         count: new tokens that it returned before it was interrupted; 0 for a row that starts.
         limit: most new tokens, those included.
+        ignore_end: end tokens do not end it.
         seed: of sampling. The noise is that of the only row of `stream` with this seed.
         temperature: 0 for greedy.
         top_p: nucleus mass.
@@ -34,6 +35,7 @@ class Entry:
     position: Int32[Array, ""]
     count: Int32[Array, ""]
     limit: Int32[Array, ""]
+    ignore_end: Bool[Array, ""]
     seed: UInt32[Array, ""]
     temperature: Float32[Array, ""]
     top_p: Float32[Array, ""]
@@ -41,13 +43,14 @@ class Entry:
 
 
 def empty_rows(rows: int, stop: Sequence[int] = ()) -> Rows:
-    """Rows that nobody has: all are done. Those that join end with any of the tokens `stop`."""
+    """Rows that nobody has: all are done. Those that join end with any of the tokens `stop`, unless they ignore it."""
     return Rows(
         token=jnp.zeros((rows,), jnp.int32),
         position=jnp.zeros((rows,), jnp.int32),
         count=jnp.zeros((rows,), jnp.int32),
         limit=jnp.zeros((rows,), jnp.int32),
         stop=end_tokens(stop),
+        ignore_end=jnp.zeros((rows,), jnp.bool_),
         done=jnp.ones((rows,), jnp.bool_),
         key=jax.random.split(jax.random.key(0), rows),
         temperature=jnp.zeros((rows,), jnp.float32),
@@ -80,7 +83,8 @@ def join(
     logits = unembed(spec, params, last[:, None])[:, 0]
     token = choose(logits, key[None], entry.count[None], entry.temperature[None], entry.top_p[None])[0]
     fields = {field.name: getattr(rows, field.name) for field in dataclasses.fields(Rows) if field.name != "stop"}
-    new = {name: getattr(entry, name) for name in ("position", "count", "limit", "temperature", "top_p")}
+    same = ("position", "count", "limit", "ignore_end", "temperature", "top_p")
+    new = {name: getattr(entry, name) for name in same}
     new |= {"token": token, "done": entry.count >= entry.limit, "key": key}
     changed = {name: field.at[row].set(new[name]) for name, field in fields.items()}
     return dataclasses.replace(rows, **changed), thresholds.at[:, row, 0].set(entry.threshold)

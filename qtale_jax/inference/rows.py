@@ -21,6 +21,7 @@ class Rows:
         count: new tokens returned so far.
         limit: most new tokens.
         stop: tokens that end any of the rows; they are returned.
+        ignore_end: these tokens do not end it.
         done: nothing more comes.
         key: seed of sampling, one per row.
         temperature: 0 for greedy.
@@ -32,6 +33,7 @@ class Rows:
     count: Int32[Array, " b"]
     limit: Int32[Array, " b"]
     stop: Int32[Array, " e"]
+    ignore_end: Bool[Array, " b"]
     done: Bool[Array, " b"]
     key: PRNGKeyArray
     temperature: Float32[Array, " b"]
@@ -40,7 +42,7 @@ class Rows:
     @property
     def at_end(self) -> Bool[Array, " b"]:
         """Whether the token of each row ends it."""
-        return is_end(self.token, self.stop)
+        return is_end(self.token, self.stop) & ~self.ignore_end
 
 
 def end_tokens(ids: Sequence[int]) -> Int32[Array, " e"]:

@@ -197,6 +197,7 @@ def stream(
         count=jnp.zeros((batch,), jnp.int32),
         limit=jnp.full((batch,), max_new_tokens, jnp.int32),
         stop=end_tokens(stop_ids),
+        ignore_end=jnp.zeros((batch,), jnp.bool_),
         done=jnp.zeros((batch,), jnp.bool_),
         key=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch)),
         temperature=jnp.full((batch,), temperature, jnp.float32),

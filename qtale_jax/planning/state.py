@@ -54,6 +54,17 @@ def state_bytes(config: Config, start: Start, mesh: Mesh | AbstractMesh) -> dict
     return total_bytes(state_shards(config, start, mesh))
 
 
+def repeated_bytes(config: Config, start: Start) -> int:
+    """Bytes per device of frozen parameters that a step is given a second time, as the teacher's.
+
+    Those of layers and embedding: a frozen head serves both.
+    """
+    if not config.train.distillation.active:
+        return 0
+    twice = {path: leaf for path, leaf in start.frozen.items() if path.startswith(("layers/", "embedding/"))}
+    return device_bytes(twice, _placed(start, twice))
+
+
 def total_bytes(held: dict[str, list[jax.ShapeDtypeStruct]]) -> dict[str, int]:
     """Bytes of lists of arrays, by name."""
     return {name: sum(map(array_bytes, leaves)) for name, leaves in held.items()}

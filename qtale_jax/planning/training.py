@@ -11,7 +11,7 @@ from qtale_jax.models.specification import ModelSpecification
 from qtale_jax.parallel.mesh import abstract_mesh
 from qtale_jax.planning.devices import Topology, topology
 from qtale_jax.planning.roofline import Estimate, roofline
-from qtale_jax.planning.state import state_shards, total_bytes, trained_part
+from qtale_jax.planning.state import repeated_bytes, state_shards, total_bytes, trained_part
 from qtale_jax.planning.step import Activations, StepShapes, batch_shapes
 from qtale_jax.planning.tiles import padding
 from qtale_jax.planning.traffic import Sizes, Traffic, traffic
@@ -55,11 +55,11 @@ class TrainingPlanner:
         self.config, self.spec = config, spec
         self._steps: dict[int, tuple[StepShapes, Activations]] = {}
         self._tiled = topology(config.plan.topology).device.is_tpu
-        self._states: dict[Sizes, tuple[dict[str, int], int, Traffic]] = {}
+        self._states: dict[Sizes, tuple[dict[str, int], int, int, Traffic]] = {}
 
     def memory(self, sizes: Sizes, rows: int, microbatches: int) -> dict[str, int]:
         """Bytes per device for `rows` of a microbatch on each."""
-        state, padded, sends = self._state(sizes)
+        state, padded, _, sends = self._state(sizes)
         batch = [*batch_shapes(microbatches * rows, self.config.data.length).values(), KEY]
         found = {
             **state,
@@ -77,7 +77,7 @@ class TrainingPlanner:
         train, length = self.config.train, self.config.data.length
         parts = train.microbatches if microbatches is None else microbatches
         rows = train.batch_size // parts // (sizes[0] * sizes[1])
-        memory, sends = self.memory(sizes, rows, parts), self._state(sizes)[2]
+        memory, (_, _, repeated, sends) = self.memory(sizes, rows, parts), self._state(sizes)
         step = self._shapes(sizes[2])[0].products(rows).times(parts)
         # Forward and backward pass each put the weights together; the update reads and writes what trains.
         update = 2 * (memory[trained_part(self.config)] + memory["optimizer"]) + memory["gradients"]
@@ -89,17 +89,17 @@ class TrainingPlanner:
         )
         tokens = train.batch_size * length
         model_flops = tokens * training_flops_per_token(self.spec, length)
-        repeated = memory["frozen parameters"] if train.distillation.active else 0
         return TrainingEstimate(memory, work, tokens, rows, parts, model_flops, repeated, sends.pieces)
 
-    def _state(self, sizes: Sizes) -> tuple[dict[str, int], int, Traffic]:
-        """Bytes of what lives through the run, what tiles add to them, and what the mesh makes devices send."""
+    def _state(self, sizes: Sizes) -> tuple[dict[str, int], int, int, Traffic]:
+        """Bytes of what lives through the run, what tiles add, what steps get twice, and what devices send."""
         if sizes not in self._states:
             mesh = abstract_mesh(sizes)
             start = prepare_abstract(self.config, self.spec, mesh)
             held = state_shards(self.config, start, mesh)
             padded = padding(leaf for leaves in held.values() for leaf in leaves)
-            self._states[sizes] = total_bytes(held), padded, traffic(self.config, start, sizes)
+            repeated = repeated_bytes(self.config, start)
+            self._states[sizes] = total_bytes(held), padded, repeated, traffic(self.config, start, sizes)
         return self._states[sizes]
 
     def _shapes(self, tensor: int) -> tuple[StepShapes, Activations]:

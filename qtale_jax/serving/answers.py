@@ -57,8 +57,6 @@ class Answers:
             tickets = service.submit(prompts, options)
         except InputError as error:
             raise errors.of_engine(error) from error
-        except ValueError as error:
-            raise APIError(400, str(error), param="max_tokens") from error
         form = Form.new(service.name, chat=self._body is ChatBody)
         try:
             work = self._stream(reply, form, body, tickets) if body.stream else self._whole(reply, form, tickets)

@@ -1,4 +1,4 @@
-"""Requests as clients write them: the fields of OpenAI's API that mean something here, and `theta`."""
+"""Requests as clients write them: the fields of OpenAI's API that mean something here, `theta` and `ignore_eos`."""
 
 import secrets
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qtale_jax.engine.engine import Engine
 from qtale_jax.engine.options import RequestOptions
+from qtale_jax.serving.errors import APIError
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (None, 1),
@@ -37,15 +38,20 @@ class _Part(BaseModel):
 
 
 class StreamOptions(_Part):
-    """What a stream has beside text."""
+    """What a stream has beside text.
+
+    `include_obfuscation` allows padding, which is never sent here: it changes nothing.
+    """
 
     include_usage: bool = False
+    include_obfuscation: bool | None = None
 
 
 class Body(_Part):
     """What both kinds of requests have.
 
     `theta` is ours: the routers' threshold, one for all layers or one per routed layer; default: the model's own.
+    `ignore_eos`, which other servers have, too: end tokens do not end the text.
     """
 
     default_new_tokens: ClassVar[int | None] = None
@@ -63,6 +69,7 @@ class Body(_Part):
     metadata: dict[str, str] | None = None
     store: bool | None = None
     theta: Number | list[Number] | None = None
+    ignore_eos: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -85,13 +92,16 @@ class Body(_Part):
             prompt_tokens: of the prompt.
             context: most tokens of a request.
             most: most new tokens that may be asked for; None: what the context leaves.
+
+        Raises:
+            APIError: more new tokens than that are asked for.
         """
         left = max(context - prompt_tokens, 1)
-        asked = self._asked()
+        key, asked = self._asked()
         if asked is None:
             asked = min(limit for limit in (left, self.default_new_tokens, most) if limit is not None)
         elif most is not None and asked > most:
-            raise ValueError(f"max_tokens={asked}; allowed: up to {most}")
+            raise APIError(400, f"{key}={asked}; allowed: up to {most}", param=key)
         stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         return RequestOptions(
             max_new_tokens=asked,
@@ -100,11 +110,13 @@ class Body(_Part):
             seed=secrets.randbits(32) if self.seed is None else self.seed % 2**32,
             theta=self.theta,
             stop=stop,
+            ignore_eos=bool(self.ignore_eos),
             continues=self.continues,
         )
 
-    def _asked(self) -> int | None:
-        return self.max_tokens
+    def _asked(self) -> tuple[str, int | None]:
+        """The key that says how many new tokens are asked for, and what it says."""
+        return "max_tokens", self.max_tokens
 
     def prompts(self, engine: Engine, template: str | None) -> Sequence[list[int]]:
         """Token ids of each prompt.
@@ -160,8 +172,10 @@ class ChatBody(Body):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
-    def _asked(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+    def _asked(self) -> tuple[str, int | None]:
+        if self.max_completion_tokens is None:
+            return super()._asked()
+        return "max_completion_tokens", self.max_completion_tokens
 
     def prompts(self, engine: Engine, template: str | None) -> Sequence[list[int]]:
         """Token ids of the conversation; see `Body`."""

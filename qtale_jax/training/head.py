@@ -63,7 +63,8 @@ class Given:
     Attributes:
         params: with the final norm and the head.
         total: the weights of the whole batch, by which sums are divided.
-        teacher: parameters of the teacher, where the head distils.
+        teacher: parameters of the teacher, where the head distils; None: its final norm and head are those of `params`,
+            as they are where the head does not train.
     """
 
     params: Parameters
@@ -108,7 +109,8 @@ def losses(
         x = jnp.pad(x, [(0, 0), (0, -length % size), *[(0, 0)] * (x.ndim - 2)])
         return jnp.moveaxis(x.reshape(rows, -1, size, *x.shape[2:]), 1, 0)
 
-    given = Given(_gathered(head.spec, given.params), given.total, _gathered(head.spec, given.teacher or {}))
+    teacher = None if given.teacher is None else _gathered(head.spec, given.teacher)
+    given = Given(_gathered(head.spec, given.params), given.total, teacher)
     return _by_blocks(head, blocks(hidden), given, jax.tree.map(blocks, positions))
 
 
@@ -127,8 +129,9 @@ def _at_once(
     parts = {"cross_entropy": mean(objective.token_cross_entropy(logits, positions.targets))}
     loss = parts["cross_entropy"]
     if head.distillation:
-        assert given.teacher is not None and positions.teacher is not None, "distillation has a teacher"
-        dense = jax.lax.stop_gradient(unembed(head.spec, given.teacher, positions.teacher))
+        assert positions.teacher is not None, "distillation has a teacher"
+        params = given.params if given.teacher is None else given.teacher
+        dense = jax.lax.stop_gradient(unembed(head.spec, params, positions.teacher))
         parts["distillation"] = mean(objective.distillation_loss(logits, dense, head.temperature))
         loss += head.distillation * parts["distillation"]
     return loss, parts

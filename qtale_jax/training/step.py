@@ -125,15 +125,16 @@ class TrainStep:
         self, params: Parameters, hidden: Array, teacher: Flat | None, dense: Array | None, batch: Batch, totals: dict
     ) -> tuple[Array, Metrics]:
         """Cross-entropy and distillation from the hidden states of the model and of its teacher."""
-        settings = self.config.train.distillation
+        settings, trained = self.config.train.distillation, self.config.train.parameters == "all"
         kind = head.Head(self.spec)
         given = head.Given(head.needed(params), totals["targets"])
         positions = head.Positions(batch["targets"], batch["weights"])
         if teacher is not None and settings.weight:
             kind = head.Head(self.spec, settings.weight, settings.temperature)
-            given = dataclasses.replace(given, teacher=head.needed(nest(teacher)))
+            if trained:  # otherwise it is the same head, which need not be put together twice
+                given = dataclasses.replace(given, teacher=head.needed(nest(teacher)))
             positions = dataclasses.replace(positions, teacher=dense)
-        return head.losses(kind, hidden, given, positions, trained=self.config.train.parameters == "all")
+        return head.losses(kind, hidden, given, positions, trained)
 
     def __call__(
         self, state: TrainState, frozen: Flat, teacher: Flat | None, batch: Batch, key: PRNGKeyArray

@@ -181,6 +181,43 @@ def test_tokens_that_only_the_checkpoint_says_end_a_turn_end_it(model, alone):
     is_idle(engine)
 
 
+def test_end_tokens_end_no_row_that_ignores_them(model, alone):
+    """While they end the others of the batch, and nothing is compiled for it; also after an interruption."""
+    prompts = [prompt for prompt in PROMPTS if len(alone(prompt).tokens) == NEW][:3]
+    free = [alone(prompt).tokens for prompt in prompts]
+    ends = {tokens[3] for tokens in free}  # so every one of them would end within four tokens
+    config = {"eos_token_id": sorted(ends)}
+    chat = dataclasses.replace(model, provenance={"huggingface": {"generation_config": config}})
+    engine = Engine(chat, OPTIONS)
+    engine.warm_up()
+    programs = (prefill, join, decode, leave)
+    before = [program._cache_size() for program in programs]
+
+    def asked(*ignoring: bool, **settings):
+        options = [RequestOptions(NEW, ignore_eos=ignores, **settings) for ignores in ignoring]
+        streams = [engine.submit(prompt, one) for prompt, one in zip(prompts, options, strict=True)]
+        engine.run()
+        return [stream.result() for stream in streams]
+
+    first, second, third = asked(True, False, True)
+    assert (first.tokens, third.tokens) == (free[0], free[2])
+    assert (first.finish_reason, third.finish_reason) == ("length", "length")
+    place = next(i for i, token in enumerate(free[1]) if token in ends)
+    assert second.tokens == free[1][: place + 1] and second.finish_reason == "stop" and place <= 3
+    interrupted = engine.statistics().interruptions
+    for found, tokens in zip(asked(True, True, True, theta=0.0), asked(False, False, False, theta=0.0), strict=True):
+        assert len(found.tokens) == NEW and found.tokens[: len(tokens.tokens)] == tokens.tokens
+    assert engine.statistics().interruptions > interrupted
+    last = free[0][:4]  # an end token that comes last is no reason for the end
+    found = engine.submit(prompts[0], RequestOptions(4, ignore_eos=True)).result()
+    assert found.tokens == last and found.finish_reason == "length"
+    word = next(word for word in first.text.split() if word)
+    stopped = engine.submit(prompts[0], RequestOptions(NEW, ignore_eos=True, stop=(word,))).result()
+    assert stopped.finish_reason == "stop" and word not in stopped.text
+    assert [program._cache_size() for program in programs] == before
+    is_idle(engine)
+
+
 def test_stop_strings_may_span_tokens(engine, alone, model):
     expected = next(found for found in map(alone, PROMPTS) if len(found.tokens) == NEW)
     prompt = next(prompt for prompt in PROMPTS if alone(prompt) == expected)

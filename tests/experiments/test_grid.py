@@ -60,6 +60,22 @@ def test_every_quantizer_is_evaluated_at_every_asked_threshold(config):
     assert set(dense) == {None}
 
 
+def test_a_threshold_that_results_would_not_tell_from_the_trained_one_is_refused(config):
+    def asked(**experiment):
+        return plan(with_overrides(config, {"experiment": {"ratios": [], **experiment}}))
+
+    message = r"experiment.thresholds: 0.501 and the trained threshold of dllm, 0.5, are both shown as 0.50; allowed: "
+    with pytest.raises(InputError, match=message):
+        asked(thresholds=[0.3, 0.501])
+    with pytest.raises(InputError, match=r"experiment.points.qtale.thresholds: 0.499 and .* of qtale, 0.5, are both"):
+        asked(points={"qtale": {"thresholds": [0.499]}})
+    dense = {"dense": {}, "tuned": {"routing": {"method": "dense"}}}  # these have no threshold
+    assert asked(
+        thresholds=[0.501], methods={**dense, "dllm": None, "qtale": None, "mod": {"routing": {"threshold": 0.7}}}
+    )
+    assert asked(thresholds=[0.5, 0.51])
+
+
 def test_a_method_can_be_evaluated_at_points_of_its_own(config):
     points = {"qtale": {"ratios": [0.4, 0.8], "thresholds": [0.2]}}
     changed = with_overrides(config, {"experiment": {"ratios": [0.6], "points": points}})

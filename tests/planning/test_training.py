@@ -13,7 +13,7 @@ from qtale_jax.parallel.mesh import abstract_mesh, build_mesh
 from qtale_jax.planning.devices import topology
 from qtale_jax.planning.plan import subject_of
 from qtale_jax.planning.program import kept_bytes
-from qtale_jax.planning.state import state_bytes
+from qtale_jax.planning.state import repeated_bytes, state_bytes
 from qtale_jax.planning.step import StepShapes
 from qtale_jax.planning.traffic import traffic
 from qtale_jax.planning.training import TrainingPlanner
@@ -143,6 +143,22 @@ def test_distillation_holds_a_teacher(tiny, spec):
     found = state_bytes(distilled, start, abstract_mesh((1, 1, 1)))
     router = 16 * 8 + 8 + 8 + 8 * 2 + 2
     assert found["teacher"] == 4 * 3 * router  # frozen weights are shared, what trains is copied
+
+
+@pytest.mark.slow
+def test_what_a_step_is_given_twice_is_what_the_compiler_counts_twice(tiny, spec):
+    """The teacher's layers and embedding; its head is the model's, and its routers decide nothing."""
+    jax.clear_caches()  # other tests have traced parts of it for meshes that have no devices to compile for
+    plain = tiny()
+    distilled = with_overrides(plain, {"model": {"path": "x"}, "train": {"distillation": {"weight": 1.0}}})
+
+    def given(config) -> int:
+        loss, arguments = StepShapes(config, spec(), 1)._loss(config, spec(), 2)
+        return jax.jit(loss).lower(*arguments).compile().memory_analysis().argument_size_in_bytes
+
+    start = prepare_abstract(plain, spec(), abstract_mesh((1, 1, 1)))
+    assert repeated_bytes(plain, start) == 0
+    assert given(distilled) - given(plain) == repeated_bytes(distilled, start) > 0
 
 
 @functools.cache

@@ -148,7 +148,10 @@ BAD = [
     (ask(top_p=0), "top_p"),
     (ask(stop=[""]), "stop"),
     (ask(theta=2), "theta"),
+    (ask(ignore_eos=1), "ignore_eos"),
     (ask(theta=[0.1]), "1 thresholds for 2 routed layers"),
+    (ask(stream=True, stream_options={"include_obfuscation": "yes"}), "stream_options"),
+    (ask(stream=True, stream_options={"usage": True}), "stream_options.usage: unknown key"),
     (ask(n=2), "n is not supported; allowed: null or 1"),
     (ask(logprobs=5), "logprobs is not supported"),
     (ask(temprature=1), "temprature: unknown key"),
@@ -161,6 +164,51 @@ def test_malformed_requests_are_400(running, body, message):
     error = json.loads(text)["error"]
     assert (status, error["type"]) == (400, "invalid_request_error"), error
     assert message in error["message"] and "\n" not in error["message"] and set(error) >= {"param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"max_tokens": 29}, "max_tokens"),
+        ({"max_completion_tokens": 29}, "max_completion_tokens"),
+        ({"max_tokens": 3, "max_completion_tokens": 29}, "max_completion_tokens"),
+    ],
+)
+def test_an_error_about_the_new_tokens_names_the_key_that_asked_for_them(running, asked, named):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": WORDS[3]}], **asked}
+    status, _, text = raw(running, "POST", "/v1/chat/completions", json.dumps(body).encode())
+    error = json.loads(text)["error"]
+    assert (status, error["message"], error["param"]) == (400, f"{named}=29; allowed: up to 28", named)
+
+
+@pytest.mark.parametrize("padded", [True, False, None])
+def test_a_stream_may_be_asked_for_padding_and_has_none(client, expected, padded):
+    options = {"include_usage": True, "include_obfuscation": padded}
+    settings = {"model": "tiny", "prompt": PROMPTS[1], "max_tokens": NEW, "temperature": 0}
+    *chunks, last = client.completions.create(**settings, stream=True, stream_options=options)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected[PROMPTS[1]].text
+    assert last.usage.completion_tokens == len(expected[PROMPTS[1]].tokens)
+    assert not any(hasattr(chunk, "obfuscation") for chunk in chunks)
+
+
+def test_a_request_that_ignores_end_tokens_has_all_that_it_asked_for(running, client, model):
+    """Beside one that ends with them."""
+    prompt, own = PROMPTS[4], model.tokenizer.eos_token_id
+    alone = {seed: model.generate([prompt], NEW, 1.0, 1.0, seed=seed)[0] for seed in range(40)}
+    seed = next(seed for seed, found in alone.items() if own in found.tokens[: NEW - 4])
+    settings = {"model": "tiny", "prompt": prompt, "max_tokens": NEW, "seed": seed, "stream": True}
+    settings["stream_options"] = {"include_usage": True}
+    streams = [client.completions.create(**settings, extra_body={"ignore_eos": asked}) for asked in (False, True, None)]
+    chunks = [list(stream) for stream in streams]
+    texts = ["".join(chunk.choices[0].text for chunk in each[:-1]) for each in chunks]
+    assert [each[-2].choices[0].finish_reason for each in chunks] == ["stop", "length", "stop"]
+    ended = len(alone[seed].tokens)
+    assert [each[-1].usage.completion_tokens for each in chunks] == [ended, NEW, ended]
+    assert texts[0] == texts[2] == alone[seed].text and texts[1].startswith(texts[0]) and texts[1] != texts[0]
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": WORDS[3]}], "max_tokens": NEW}
+    answers = [client.chat.completions.create(**chat, seed=i, extra_body={"ignore_eos": True}) for i in range(12)]
+    assert {(one.usage.completion_tokens, one.choices[0].finish_reason) for one in answers} == {(NEW, "length")}
+    assert running.is_idle()
 
 
 def test_other_refusals(running, client):

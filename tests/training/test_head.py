@@ -11,8 +11,9 @@ from qtale_jax.config.schema import MeshConfig
 from qtale_jax.models.decoder import initialize
 from qtale_jax.models.specification import Architecture, ModelSpecification
 from qtale_jax.parallel.mesh import build_mesh, sharding
-from qtale_jax.planning.collectives import collectives
+from qtale_jax.planning.collectives import collectives, gathered
 from qtale_jax.training import head
+from qtale_jax.training.loop import sharded_batch
 
 ROWS, LENGTH, WIDTH, WORDS = 4, 20, 8, 50
 SHAPE = {"vocab_size": WORDS, "hidden_size": WIDTH, "intermediate_size": 8, "num_layers": 1, "max_length": 8}
@@ -114,19 +115,55 @@ def test_all_logits_are_never_there(rng):
     assert temporary(trained=False) < 0.8 * logits  # blocks of a quarter, and of their gradient
 
 
-def test_devices_put_the_head_together_once(spec, problem, small_blocks):
-    """Not for each of the blocks."""
+def test_without_a_head_of_its_own_the_teacher_has_that_of_the_model(spec, problem, small_blocks):
     hidden, given, positions = problem
+    same = head.Given(given.params, given.total, given.params)
+    for trained in (True, False):
+        expected, slopes = evaluated(spec, hidden, same, positions, trained, 0.7)
+        found, others = evaluated(spec, hidden, head.Given(given.params, given.total), positions, trained, 0.7)
+        assert found[1]["distillation"] == expected[1]["distillation"] > 0
+        np.testing.assert_array_equal(others, slopes)
+
+
+@pytest.mark.parametrize("distillation", [0.0, 0.7])
+def test_devices_put_the_head_together_once(spec, problem, small_blocks, distillation):
+    """Not for each of the blocks, and not for a teacher that has the same."""
+    hidden, given, positions = problem
+    given = head.Given(given.params, given.total)
     mesh = build_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
     name = "embedding" if spec.architecture.tied_head else "head"
     (weights,) = given.params[name].values()
     with jax.set_mesh(mesh):
         placed = sharding(mesh, ("vocab", "embed") if name == "embedding" else ("embed", "vocab"), weights.shape)
         given.params[name] = {key: jax.device_put(weights, placed) for key in given.params[name]}
-        loss = functools.partial(head.losses, head.Head(spec), trained=False)
+        loss = functools.partial(head.losses, head.Head(spec, distillation), trained=False)
         program = jax.jit(jax.grad(loss, has_aux=True)).lower(hidden, given, positions).compile()
     found = collectives(program.as_text())["all-gather"]
     assert found["count"] <= 3 and found["bytes"] < 2 * weights.nbytes
+
+
+@pytest.mark.slow
+def test_a_step_that_distils_puts_a_frozen_head_together_once(trainer, batch, monkeypatch):
+    """As one that does not; with a head that trains it is another one than the teacher's."""
+    monkeypatch.setattr(head, "FEW_LOGITS", 0)
+    monkeypatch.setattr(head, "BLOCK_TOKENS", 4)
+
+    def gathers(parameters: str, weight: float) -> int:
+        train = {"parameters": parameters, "distillation": {"weight": weight}}
+        run = trainer(jax.devices()[:2], train=train, mesh={"fsdp": 2}, experiment={"base": {}})
+        everything = run.start.frozen | run.start.trainable
+        if weight:
+            run.teacher = {path: leaf for path, leaf in everything.items() if "/lora/" not in path}
+        with jax.set_mesh(run.mesh):
+            placed = sharded_batch(run.mesh, batch)
+            lowered = run.compiled.lower(run.state, run.start.frozen, run.teacher, placed, jax.random.key(0))
+        (shape,) = {leaf.shape for path, leaf in everything.items() if path.startswith("head/")}
+        found = gathered(lowered.compile().as_text())
+        return sum(each["count"] for each in found if each["array"] == f"f32[{shape[0]},{shape[1]}]")
+
+    once = gathers("adapters", 0.0)
+    assert once > 0 and gathers("adapters", 0.5) == once
+    assert gathers("all", 0.5) > once
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT = 1
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ def to_huggingface(
         packing = quantization_config(form) if form else None
         config = config_for(model.spec, original.get("config"), written, tokens, packing)
         _write_json(directory / "config.json", config)
-        generation = original.get("generation_config") or {"_from_model_config": True, **tokens}
+        # Without this file it is config.json that ends a turn, with tokens that the tokenizer may not name.
+        given = {name: config[name] for name in SPECIAL_TOKENS if config.get(name) is not None}
+        generation = original.get("generation_config") or {"_from_model_config": True, **tokens, **given}
         _write_json(directory / "generation_config.json", generation)
         if model.tokenizer is not None:
             save_tokenizer(model.tokenizer, directory)
@@ -239,8 +242,7 @@ def _format(spec: ModelSpecification, key: str) -> TensorFormat:
 
 
 def _special_tokens(tokenizer: "PreTrainedTokenizerBase | None") -> dict[str, int]:
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    found = {name: getattr(tokenizer, name, None) for name in names}
+    found = {name: getattr(tokenizer, name, None) for name in SPECIAL_TOKENS}
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -57,6 +57,16 @@ def test_what_ends_a_turn_is_known_after_conversion(checkpoint, tmp_path):
         assert end_ids(SimpleNamespace(eos_token_id=3), found.provenance) == (3, 2, 9)
 
 
+@pytest.mark.parametrize(("said", "ends"), [([2, 9], (3, 2, 9)), (9, (3, 9)), (None, (3,))])
+def test_without_generation_config_config_json_says_what_ends_a_turn(checkpoint, edit_config, tmp_path, said, ends):
+    (checkpoint / "generation_config.json").unlink()
+    edit_config(checkpoint, eos_token_id=said)
+    from_huggingface(checkpoint, tmp_path / "model")
+    to_huggingface(tmp_path / "model", tmp_path / "back")
+    for found in (artifact.load_model(tmp_path / "model"), read_huggingface(tmp_path / "back")):
+        assert end_ids(SimpleNamespace(eos_token_id=3), found.provenance) == ends
+
+
 def test_a_second_round_is_the_same(converted, tmp_path):
     to_huggingface(converted / "tied", tmp_path / "hf")
     from_huggingface(tmp_path / "hf", tmp_path / "model")
