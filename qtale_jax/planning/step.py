@@ -21,7 +21,7 @@ from qtale_jax.training.step import TrainStep
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes per device as a straight line in the rows of a microbatch: kept for the backward pass, and its peak.
+    """Bytes per device as a straight line in the rows of a microbatch: kept for the backward pass, and beside that.
 
     Attributes:
         kept: (of no rows, of each row) what the forward pass keeps.
@@ -33,10 +33,17 @@ class Activations:
     head: tuple[float, float]
     layer: tuple[float, float]
 
-    def bytes(self, rows: int) -> int:
-        """What is kept, and the larger of what works beside it."""
-        kept, *working = (base + rows * slope for base, slope in (self.kept, self.head, self.layer))
-        return math.ceil(kept + max(working))
+    def at_head(self, rows: int) -> int:
+        """What is kept, and what the head works with."""
+        return _sum(rows, self.kept, self.head)
+
+    def in_layer(self, rows: int) -> int:
+        """What is kept, and what a layer works with."""
+        return _sum(rows, self.kept, self.layer)
+
+
+def _sum(rows: int, *lines: tuple[float, float]) -> int:
+    return math.ceil(sum(base + rows * slope for base, slope in lines))
 
 
 class StepShapes:
@@ -55,15 +62,15 @@ class StepShapes:
     def activations(self) -> Activations:
         """Bytes by rows.
 
-        The step peaks either at the head, where the gradient of the logits (or a block of both) stands beside all that
-        is kept, or inside a layer that is computed again, where everything that the policy did not keep is there for
-        one layer.
+        The step peaks either at the head, where the gradient of the logits stands beside all that is kept, or inside a
+        layer that is computed again, where everything that the policy did not keep is there for one layer. Logits in
+        blocks are not kept, and the gradient of a block takes their place.
         """
         kept = self._line(self._config, self.spec)
         length, vocabulary = self._config.data.length, self.spec.architecture.vocab_size
         logits = (0.0, 4.0 * length * vocabulary)
         if head.in_blocks(length, vocabulary, self._config.train.parameters == "all"):
-            logits = (2 * 4.0 * head.BLOCK_TOKENS * vocabulary, 0.0)
+            logits = (4.0 * head.BLOCK_TOKENS * vocabulary, 0.0)
         again = (0.0, 0.0)
         if self._config.train.remat != "none":
             everything = with_overrides(self._config, {"train": {"remat": "none"}})

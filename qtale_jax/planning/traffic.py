@@ -17,14 +17,14 @@ class Traffic:
     """Bytes of each device that fsdp and tensor parallelism need besides.
 
     Attributes:
-        gathered: weights of the largest part that is put together at once: a layer, the embedding or the head.
+        gathered: weights that are put together at once: of the largest `layer`, and of the `head` or the embedding.
         pieces: the largest array that is put together in a layer, in the embedding and in the head.
         weights: sent to put all weights together once.
         gradients: sent to add up the gradients once.
         per_row: sent between the devices of a tensor-parallel group for one row.
     """
 
-    gathered: int
+    gathered: dict[str, int]
     pieces: dict[str, int]
     weights: float
     gradients: float
@@ -55,7 +55,11 @@ def traffic(config: Config, start: Start, sizes: Sizes) -> Traffic:
     # first two again where they are computed again. The embedding's and the head's are one each. All are float32.
     sums = shape.num_layers * (6 if config.train.remat == "full" else 4) + 2
     per_row = sums * 2 * (tensor - 1) / tensor * 4.0 * config.data.length * shape.hidden_size
-    return Traffic(max(gathered.values()), pieces, weights, gradients, per_row)
+    largest = {"layer": 0, "head": 0}
+    for part, size in gathered.items():
+        where = "layer" if part.startswith("layers/") else "head"
+        largest[where] = max(largest[where], size)
+    return Traffic(largest, pieces, weights, gradients, per_row)
 
 
 def _part(path: str, leaf: Any) -> tuple[str, int]:

@@ -58,15 +58,29 @@ class TrainingPlanner:
         self._states: dict[Sizes, tuple[dict[str, int], int, int, Traffic]] = {}
 
     def memory(self, sizes: Sizes, rows: int, microbatches: int) -> dict[str, int]:
-        """Bytes per device for `rows` of a microbatch on each."""
+        """Bytes per device for `rows` of a microbatch on each, at the moment of the step when most are there."""
         state, padded, _, sends = self._state(sizes)
         batch = [*batch_shapes(microbatches * rows, self.config.data.length).values(), KEY]
+        activations, gradients = self._shapes(sizes[2])[1], state[trained_part(self.config)]
+        # A microbatch's gradients stand beside the sum of those before it. At the head, whose gradient is the first, the
+        # adapters of layers have none yet.
+        before = 0 if microbatches == 1 else gradients
+        first = gradients if self.config.train.parameters == "all" else 0
+        moments = [
+            {
+                "gradients": before + first,
+                "activations": activations.at_head(rows),
+                "gathered weights": sends.gathered["head"],
+            },
+            {
+                "gradients": before + gradients,
+                "activations": activations.in_layer(rows),
+                "gathered weights": sends.gathered["layer"],
+            },
+        ]
         found = {
             **state,
-            # A microbatch's gradients stand beside the sum of those before it.
-            "gradients": state[trained_part(self.config)] * (1 if microbatches == 1 else 2),
-            "activations": self._shapes(sizes[2])[1].bytes(rows),
-            "gathered weights": sends.gathered,
+            **max(moments, key=lambda moment: sum(moment.values())),
             "batch": sum(map(array_bytes, batch)),
             "padding": padded + padding(batch) if self._tiled else 0,
         }
@@ -80,7 +94,7 @@ class TrainingPlanner:
         memory, (_, _, repeated, sends) = self.memory(sizes, rows, parts), self._state(sizes)
         step = self._shapes(sizes[2])[0].products(rows).times(parts)
         # Forward and backward pass each put the weights together; the update reads and writes what trains.
-        update = 2 * (memory[trained_part(self.config)] + memory["optimizer"]) + memory["gradients"]
+        update = (3 if parts == 1 else 4) * memory[trained_part(self.config)] + 2 * memory["optimizer"]
         work = roofline(
             topology,
             flops=step.flops,

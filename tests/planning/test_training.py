@@ -76,7 +76,7 @@ def test_devices_send_what_they_miss(tiny, spec):
     linears = 4 * (16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 32)
     down = 4 * 4 * 3 * 16 * 2
     assert found.weights == (2 * 4 * 64 * 16 + 4 * linears + down) / 2
-    assert found.gathered == linears + down // 4
+    assert found.gathered == {"layer": linears + down // 4, "head": 4 * 64 * 16}
     router = 16 * 8 + 8 + 8 + 8 * 2 + 2
     whole = 4 * (3 * router + 4 * 2 * (16 + 8 + 8))
     assert found.gradients == down / 2 + whole  # 2 (n - 1) / n is 1 for two devices
@@ -107,24 +107,25 @@ def test_activations_follow_remat_and_rows(tiny, spec):
 
 @pytest.mark.slow
 def test_logits_in_blocks_are_not_kept(tiny, spec, monkeypatch):
-    """The gradient of the residual stream is, 12 tokens of 16; a block and its gradient are there for a time."""
+    """The gradient of the residual stream is, 12 tokens of 16; a block, or its gradient, is there for a time."""
     model, whole = spec(), StepShapes(tiny(), spec(), 1).activations()
     monkeypatch.setattr(head, "FEW_LOGITS", 0)
     blocks = StepShapes(tiny(), model, 1).activations()
-    assert blocks.head == (2 * 4.0 * 512 * 64, 0.0)
+    assert blocks.head == (4.0 * 512 * 64, 0.0)
     logits, stream = 4 * 12 * 64, 4 * 12 * 16
     assert blocks.kept[1] < whole.kept[1] - logits + stream
     many = 100_000
-    assert blocks.bytes(many) < whole.bytes(many)
-    assert blocks.bytes(1) - sum(blocks.kept) == pytest.approx(blocks.head[0], abs=1)
+    assert blocks.at_head(many) < whole.at_head(many) and blocks.in_layer(many) < whole.in_layer(many)
+    assert blocks.at_head(1) - sum(blocks.kept) == pytest.approx(blocks.head[0], abs=1)
     everything = StepShapes(tiny("train.parameters=all"), spec("train.parameters=all"), 1).activations()
     assert everything.head == (0.0, 4.0 * 12 * 64)  # a head with a gradient of its own has all logits
 
 
-def test_microbatches_hold_fewer_activations_and_a_second_gradient(tiny, spec):
+def test_microbatches_hold_fewer_activations_and_the_gradient_of_those_before(tiny, spec):
     planner = TrainingPlanner(tiny(), spec())
     whole, parts = planner.memory((1, 2, 1), 4, 1), planner.memory((1, 2, 1), 2, 2)
-    assert parts["gradients"] == 2 * whole["gradients"] and parts["batch"] == whole["batch"]
+    assert parts["gradients"] - whole.get("gradients", 0) == whole["adapters and routers"]
+    assert parts["batch"] == whole["batch"]
     assert parts["activations"] < whole["activations"]
     unchanged = ("frozen parameters", "adapters and routers", "optimizer")
     assert [parts[name] for name in unchanged] == [whole[name] for name in unchanged]
@@ -192,10 +193,15 @@ def test_llama_8b_fine_tunes_on_eight_v5e(shipped):
     assert routers < found.memory["adapters and routers"] < 1.1 * routers
     assert found.memory["optimizer"] == 2 * found.memory["adapters and routers"] + 16
     assert found.memory["gathered weights"] == 2 * 128256 * 4096
-    # The scan keeps the residual stream of 32 layers; beside it logits and their gradient of half a row.
+    # The scan keeps the residual stream of 32 layers; beside it the logits of half a row, or their gradient.
     stream, logits = 32 * 1024 * 4096 * 2, 4 * 512 * 128256
-    assert stream + 2 * logits < found.memory["activations"] < 1.5 * (stream + 2 * logits)
+    assert stream + logits < found.memory["activations"] < 1.1 * (stream + logits)
+    # Adapters and routers have no gradients then; with eight rows a layer takes more, and they do.
+    assert "gradients" not in found.memory
+    rows = TrainingPlanner(config, subject.spec).memory(subject.sizes, 8, 1)
+    assert rows["gradients"] == rows["adapters and routers"]
+    assert rows["gathered weights"] < found.memory["gathered weights"] / 2
     # Forward, forward again, gradients of activations but not of weights: six FLOPs for each weight but the embedding.
     weights = 8.03e9 - 128256 * 4096
     assert 6 * weights * 1024 < found.work.flops < 1.15 * 6 * weights * 1024
-    assert 5.5 * GB > found.total > 4.5 * GB
+    assert found.total == pytest.approx(4.39 * GB, rel=0.02)  # the compiler's peak for this topology
