@@ -18,10 +18,11 @@ def name_of(step: str, rows: int) -> str:
 def compared(plan: Plan, compiled: dict[str, Any], usable: float) -> dict[str, Any]:
     """What the compiler says of each program, with what was planned for it.
 
-    Adds `fits` and, for `arguments`, `temporary` arrays and both together at their `peak`, bytes `planned` and
-    `compiled` and their `difference`, as a share of what is compiled; positive: more was planned. Training also has
-    `pieces`, the largest array that fsdp puts together in a layer, in the embedding and in the head, beside which its
-    largest all-gathers can be held. Programs that were refused have none of it.
+    Adds `fits` and, for `arguments`, `temporary` arrays with the gaps between them, and the `peak`, arguments and
+    temporary arrays without gaps, bytes `planned` and `compiled` and their `difference`, as a share of what is
+    compiled; positive: more was planned. Training also has `pieces`, the largest array that fsdp puts together in a
+    layer, in the embedding and in the head, beside which its largest all-gathers can be held. Programs that were
+    refused have none of it.
 
     Args:
         plan: the estimates.
@@ -42,7 +43,7 @@ def _against(estimate: Estimate, told: dict[str, Any], usable: float) -> dict[st
     sizes, repeated = told["bytes"], 0
     pairs = {
         "arguments": (estimate.arguments, sizes["argument"]),
-        "temporary": (estimate.temporary, sizes["temp"]),
+        "temporary": (estimate.temporary + estimate.gaps, sizes["temp"]),
         "peak": (estimate.arguments + estimate.temporary, told["peak bytes"]),
     }
     found: dict[str, Any] = {

@@ -25,7 +25,7 @@ from qtale_jax.models.cost import flops_per_token, layer_flops
 from qtale_jax.models.decoder import abstract_parameters
 from qtale_jax.models.specification import LINEARS, ModelSpecification, QuantizationSpecification
 from qtale_jax.planning.devices import Topology
-from qtale_jax.planning.roofline import Estimate, roofline
+from qtale_jax.planning.roofline import Estimate, gaps, roofline
 from qtale_jax.planning.tiles import padding
 from qtale_jax.quantization import groupwise
 from qtale_jax.quantization.formats import formats_of
@@ -159,6 +159,8 @@ class InferencePlanner:
             "rows": sum(sizes.values()),
             "padding": self._padding(arguments),
         }
+        if self.topology.device.is_tpu:
+            found["gaps"] = gaps(found)
         return {name: size for name, size in found.items() if size}
 
     def _padding(self, arguments: Any) -> int:
@@ -214,8 +216,8 @@ class InferencePlanner:
     def _widens(self) -> bool:
         """Whether few rows are multiplied by integers of 16 bits, without their zero points.
 
-        The compiler for TPUs writes these to memory: those of an MLP, which it works on at the same time. The kernels
-        do not, other compilers neither.
+        The compiler for TPUs writes these to memory: those of an MLP's gate and up, which it works on at the same time.
+        The kernels do not, other compilers neither.
         """
         quantization, kernels = self.spec.quantization, self.spec.kernels
         if quantization is None or quantization.main_format.symmetric or quantization.main_format.activation_bits == 8:
@@ -231,7 +233,7 @@ class InferencePlanner:
         if self.spec.quantization is not None and tokens > groupwise.FEW_ROWS:
             restored = max(numbers.values()) * size
         elif self._widens:
-            restored = sum(numbers[name] for name in ("gate", "up", "down")) * 2
+            restored = sum(numbers[name] for name in ("gate", "up")) * 2
         scores = 2 * 4 * tokens * shape.num_heads * width
         hidden = tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size) * max(size, 4)
         fresh = shape.num_layers * tokens * keys * size

@@ -17,7 +17,8 @@ class Traffic:
     """Bytes of each device that fsdp and tensor parallelism need besides.
 
     Attributes:
-        gathered: weights that are put together at once: of the largest `layer`, and of the `head` or the embedding.
+        gathered: weights that are put together at once: of the attention or MLP of a `layer`, the larger, and of the
+            `head` or the embedding.
         pieces: the largest array that is put together in a layer, in the embedding and in the head.
         weights: sent to put all weights together once.
         gradients: sent to add up the gradients once.
@@ -65,4 +66,4 @@ def traffic(config: Config, start: Start, sizes: Sizes) -> Traffic:
 def _part(path: str, leaf: Any) -> tuple[str, int]:
     """What is put together at once with a leaf, and how many of that the leaf has."""
     keys = path.split("/")
-    return ("/".join(keys[:2]), leaf.shape[0]) if keys[0] == "layers" else (keys[0], 1)
+    return ("/".join(keys[:3]), leaf.shape[0]) if keys[0] == "layers" else (keys[0], 1)

@@ -10,7 +10,7 @@ from qtale_jax.models.cost import training_flops_per_token
 from qtale_jax.models.specification import ModelSpecification
 from qtale_jax.parallel.mesh import abstract_mesh
 from qtale_jax.planning.devices import Topology, topology
-from qtale_jax.planning.roofline import Estimate, roofline
+from qtale_jax.planning.roofline import Estimate, gaps, roofline
 from qtale_jax.planning.state import repeated_bytes, state_shards, total_bytes, trained_part
 from qtale_jax.planning.step import Activations, StepShapes, batch_shapes
 from qtale_jax.planning.tiles import padding
@@ -62,8 +62,8 @@ class TrainingPlanner:
         state, padded, _, sends = self._state(sizes)
         batch = [*batch_shapes(microbatches * rows, self.config.data.length).values(), KEY]
         activations, gradients = self._shapes(sizes[2])[1], state[trained_part(self.config)]
-        # A microbatch's gradients stand beside the sum of those before it. At the head, whose gradient is the first, the
-        # adapters of layers have none yet.
+        # A microbatch's gradients stand beside the sum of those before it. At the head, whose gradient is the first,
+        # the adapters of layers have none yet.
         before = 0 if microbatches == 1 else gradients
         first = gradients if self.config.train.parameters == "all" else 0
         moments = [
@@ -84,6 +84,8 @@ class TrainingPlanner:
             "batch": sum(map(array_bytes, batch)),
             "padding": padded + padding(batch) if self._tiled else 0,
         }
+        if self._tiled:
+            found["gaps"] = gaps(found)
         return {name: size for name, size in found.items() if size}
 
     def estimate(self, topology: Topology, sizes: Sizes, microbatches: int | None = None) -> TrainingEstimate:

@@ -76,7 +76,7 @@ def test_devices_send_what_they_miss(tiny, spec):
     linears = 4 * (16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 32)
     down = 4 * 4 * 3 * 16 * 2
     assert found.weights == (2 * 4 * 64 * 16 + 4 * linears + down) / 2
-    assert found.gathered == {"layer": linears + down // 4, "head": 4 * 64 * 16}
+    assert found.gathered == {"layer": 4 * 3 * 16 * 32, "head": 4 * 64 * 16}  # the MLP, whose matrices are the larger
     router = 16 * 8 + 8 + 8 + 8 * 2 + 2
     whole = 4 * (3 * router + 4 * 2 * (16 + 8 + 8))
     assert found.gradients == down / 2 + whole  # 2 (n - 1) / n is 1 for two devices
@@ -123,9 +123,9 @@ def test_logits_in_blocks_are_not_kept(tiny, spec, monkeypatch):
 
 def test_microbatches_hold_fewer_activations_and_the_gradient_of_those_before(tiny, spec):
     planner = TrainingPlanner(tiny(), spec())
-    whole, parts = planner.memory((1, 2, 1), 4, 1), planner.memory((1, 2, 1), 2, 2)
-    assert parts["gradients"] - whole.get("gradients", 0) == whole["adapters and routers"]
-    assert parts["batch"] == whole["batch"]
+    whole, half, parts = (planner.memory((1, 2, 1), *rows) for rows in ((4, 1), (2, 1), (2, 2)))
+    assert parts["gradients"] - half.get("gradients", 0) == whole["adapters and routers"]
+    assert parts["batch"] == whole["batch"] and parts["activations"] == half["activations"]
     assert parts["activations"] < whole["activations"]
     unchanged = ("frozen parameters", "adapters and routers", "optimizer")
     assert [parts[name] for name in unchanged] == [whole[name] for name in unchanged]
@@ -200,4 +200,6 @@ def test_llama_8b_fine_tunes_on_eight_v5e(shipped):
     # Forward, forward again, gradients of activations but not of weights: six FLOPs for each weight but the embedding.
     weights = 8.03e9 - 128256 * 4096
     assert 6 * weights * 1024 < found.work.flops < 1.15 * 6 * weights * 1024
-    assert found.total == pytest.approx(4.39 * GB, rel=0.02)  # the compiler's peak for this topology
+    # The compiler's peak for this topology, and with gaps between temporary arrays what it sets aside.
+    assert found.arguments + found.temporary == pytest.approx(4.39 * GB, rel=0.02)
+    assert found.total == pytest.approx(4.70 * GB, rel=0.1)
