@@ -51,7 +51,7 @@ def test_models_health_and_metrics(running, client):
     with pytest.raises(openai.NotFoundError, match="'other' is not here; allowed: 'tiny'"):
         client.models.retrieve("other")
     assert raw(running, "GET", "/health")[2] == b'{"status":"ok"}'
-    client.completions.create(model="tiny", prompt=PROMPTS[1], max_tokens=4)
+    client.completions.create(model="tiny", prompt=PROMPTS[1], max_tokens=4, extra_body={"ignore_eos": True})
     status, headers, text = raw(running, "GET", "/metrics")
     assert status == 200 and headers["content-type"].startswith("text/plain")
     values = dict(line.rsplit(" ", 1) for line in text.decode().splitlines() if not line.startswith("#"))
