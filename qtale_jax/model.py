@@ -327,7 +327,10 @@ class Model:
         return dataclasses.replace(self, spec=self.spec.model_copy(update={"kernels": kernels}))
 
     def __repr__(self) -> str:
-        return f"Model({'; '.join(describe(self.spec).values())})"
+        facts = describe(self.spec)
+        if "theta" in facts:
+            facts["theta"] = f"theta {facts['theta']}"
+        return f"Model({'; '.join(facts.values())})"
 
     def _repr_html_(self) -> str:
         from qtale_jax.reporting.notebook import facts_html

@@ -50,7 +50,8 @@ def check_fits(spec: ModelSpecification, where: str) -> TensorFormat:
     for tensor in linears:
         if (outputs := tensor.shape[0]) % NIBBLES:
             raise InputError(
-                f"{where}: linear {tensor.key!r} has {outputs} outputs; AWQ's layout allows: multiples of {NIBBLES}"
+                f"{where}: linear {tensor.key!r} has {outputs} outputs; AWQ's layout allows: multiples of {NIBBLES} "
+                "(without --quantized the restored weights are written)"
             )
     return known[0]
 
