@@ -1,12 +1,11 @@
-"""What a traced program computes, reads and keeps: counted from its equations, so that it is the program that runs."""
+"""What a traced program computes and reads: counted from its equations, so that it is the program that runs."""
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import jax
-from jax.extend.core import Var
 
 from qtale_jax.quantization.storage import array_bytes
 
@@ -41,13 +40,13 @@ def _count(jaxpr: Any) -> Products:
         if equation.primitive.name == "dot_general":
             total += _product(equation)
             continue
-        inside = [_count(part) for part in _inside(equation.params)]
-        if not inside:
+        parts = [_count(part) for part in inside(equation.params)]
+        if not parts:
             continue
         if equation.primitive.name == "cond":
-            total += max(inside, key=lambda part: (part.flops, part.bytes))
+            total += max(parts, key=lambda part: (part.flops, part.bytes))
         else:
-            total += sum(inside, Products()).times(equation.params.get("length", 1))
+            total += sum(parts, Products()).times(equation.params.get("length", 1))
     return total
 
 
@@ -59,28 +58,10 @@ def _product(equation: Any) -> Products:
     return Products(flops, float(sum(map(array_bytes, (left, right, out)))))
 
 
-def _inside(parameters: dict[str, Any]) -> Iterator[Any]:
+def inside(parameters: dict[str, Any]) -> Iterator[Any]:
     """Yields the programs among the parameters of an equation."""
     for value in parameters.values():
         for part in value if isinstance(value, tuple | list) else (value,):
             part = getattr(part, "jaxpr", part)
             if hasattr(part, "eqns"):
                 yield part
-
-
-def kept_bytes(function: Callable, argument: Any, *others: Any) -> int:
-    """Bytes that the forward pass of `function` keeps for its backward pass, arguments not included.
-
-    Args:
-        function: of (argument, *others), giving a scalar loss and something else.
-        argument: (abstract) arrays that the gradient is of.
-        others: (abstract) arrays.
-    """
-
-    def pullback(argument: Any, *others: Any) -> Any:
-        return jax.vjp(lambda argument: function(argument, *others), argument, has_aux=True)[1]
-
-    jaxpr = jax.make_jaxpr(pullback)(argument, *others).jaxpr
-    given = {*jaxpr.invars, *jaxpr.constvars}
-    kept = {out for out in jaxpr.outvars if isinstance(out, Var) and out not in given}
-    return sum(array_bytes(cast(jax.ShapeDtypeStruct, out.aval)) for out in kept)

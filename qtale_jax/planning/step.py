@@ -1,6 +1,7 @@
 """The training step as one device sees it, traced on shapes: arithmetic, and what its backward pass needs."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ from qtale_jax.config import with_overrides
 from qtale_jax.config.schema import Config
 from qtale_jax.models.specification import ModelSpecification
 from qtale_jax.parallel.mesh import abstract_mesh
-from qtale_jax.planning.program import Products, kept_bytes, products
+from qtale_jax.planning.program import Products, products
+from qtale_jax.planning.residuals import distinct_bytes, kept_bytes
 from qtale_jax.planning.subject import local_architecture
 from qtale_jax.training import head
 from qtale_jax.training.optimizer import Flat, build_optimizer
@@ -63,10 +65,11 @@ class StepShapes:
         """Bytes by rows.
 
         The step peaks either at the head, where the gradient of the logits stands beside all that is kept, or inside a
-        layer that is computed again, where everything that the policy did not keep is there for one layer. Logits in
-        blocks are not kept, and the gradient of a block takes their place.
+        layer that is computed again, where everything that the policy did not keep is there for one layer, the same
+        numbers in another type or shape once. Logits in blocks are not kept, and the gradient of a block takes their
+        place.
         """
-        kept = self._line(self._config, self.spec)
+        kept = self._line(self._config, self.spec, kept_bytes)
         length, vocabulary = self._config.data.length, self.spec.architecture.vocab_size
         logits = (0.0, 4.0 * length * vocabulary)
         if head.in_blocks(length, vocabulary, self._config.train.parameters == "all"):
@@ -79,9 +82,9 @@ class StepShapes:
         return Activations(kept, logits, again)
 
     def _layer(self, config: Config) -> tuple[float, float]:
-        """What one more layer of the last kind keeps: the difference of two short models."""
+        """What one more layer of the last kind works with: the difference of two short models."""
         always_on = self.spec.routing.always_on_layers if self.spec.routing else 0
-        shorter, longer = (self._line(config, self._with_layers(always_on + extra)) for extra in (1, 2))
+        shorter, longer = (self._line(config, self._with_layers(always_on + extra), distinct_bytes) for extra in (1, 2))
         return longer[0] - shorter[0], longer[1] - shorter[1]
 
     def _with_layers(self, layers: int) -> ModelSpecification:
@@ -90,13 +93,13 @@ class StepShapes:
             update["quantization"] = None  # it has no formats for layers that are not there
         return self.spec.model_copy(update=update)
 
-    def _line(self, config: Config, spec: ModelSpecification) -> tuple[float, float]:
-        one, two = (self._kept(config, spec, rows) for rows in (1, 2))
+    def _line(self, config: Config, spec: ModelSpecification, count: Callable[..., int]) -> tuple[float, float]:
+        one, two = (self._counted(config, spec, rows, count) for rows in (1, 2))
         return 2.0 * one - two, float(two - one)
 
-    def _kept(self, config: Config, spec: ModelSpecification, rows: int) -> int:
+    def _counted(self, config: Config, spec: ModelSpecification, rows: int, count: Callable[..., int]) -> int:
         loss, arguments = self._loss(config, spec, rows)
-        return kept_bytes(loss, *arguments)
+        return count(loss, *arguments)
 
     def _loss(self, config: Config, spec: ModelSpecification, rows: int):
         """The loss of `TrainStep` and the shapes of its arguments."""

@@ -17,8 +17,8 @@ class Traffic:
     """Bytes of each device that fsdp and tensor parallelism need besides.
 
     Attributes:
-        gathered: weights that are put together at once: of the attention or MLP of a `layer`, the larger, and of the
-            `head` or the embedding.
+        gathered: weights that are put together at once: of the attention of a `layer`, or of its MLP with the output
+            projection, the larger, and of the `head` or the embedding.
         pieces: the largest array that is put together in a layer, in the embedding and in the head.
         weights: sent to put all weights together once.
         gradients: sent to add up the gradients once.
@@ -44,7 +44,11 @@ def traffic(config: Config, start: Start, sizes: Sizes) -> Traffic:
         missing = full - device_bytes(leaf, start.shardings[path])
         weights += missing
         part, layers = _part(path, leaf)
-        gathered[part] = gathered.get(part, 0) + (full // layers if missing else 0)
+        # A layer that is computed again needs the output projection before the MLP, and its gradient after that of the
+        # MLP; compilers keep it together in between.
+        until = [part, part.replace("attention", "mlp")] if "/attention/output/" in path else [part]
+        for moment in until:
+            gathered[moment] = gathered.get(moment, 0) + (full // layers if missing else 0)
         if missing:
             name = part.split("/")[0].replace("layers", "layer")
             pieces[name] = max(pieces.get(name, 0), full // layers)

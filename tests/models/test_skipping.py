@@ -13,7 +13,7 @@ from qtale_jax.models.forward import run_trunk
 from qtale_jax.models.policy import ExpertChoice, Sampled
 from qtale_jax.models.skipping import SHARES, Selection, Skipping, weighted
 from qtale_jax.models.stacking import stack_layers
-from qtale_jax.planning.program import kept_bytes
+from qtale_jax.planning.residuals import kept_bytes
 
 LENGTH = 24
 POLICIES = {"sampled": Sampled(jax.random.key(3)), "chosen": ExpertChoice(0.4)}
