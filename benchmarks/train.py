@@ -1,6 +1,6 @@
 """Speed of a routed LoRA training step, against this machine's own matrix products, and what depth costs in compiling.
 
-    python benchmarks/train.py --output benchmarks/results/train_cpu.json
+    python benchmarks/train.py --rounds 21 --output benchmarks/results/train_cpu.json
 
 Utilisation: FLOPs of the matrix products that a step needs, forward and backward (no gradients of frozen weights,
 nothing computed again), per second, over the rate of a float32 product of 1024 x 1024 matrices in the same run. Freed
@@ -12,7 +12,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import Row, in_turns, parser, report
+from harness import Row, each_round, parser, report
 
 from qtale_jax.allocator import keep_freed_memory
 from qtale_jax.config.schema import Config
@@ -77,13 +77,18 @@ def speeds(rounds: int) -> list[Row]:
     }
     matrix = jnp.ones((SIDE, SIDE), jnp.float32)
     multiply = jax.jit(jnp.matmul)
-    times = in_turns({"product": lambda: [multiply(matrix, matrix) for _ in range(8)][-1], **steps}, rounds)
+    times = each_round({"product": lambda: [multiply(matrix, matrix) for _ in range(8)][-1], **steps}, rounds)
     rate = 8 * 2 * SIDE**3 / times["product"]
-    rows = [Row("float32 matrix product", rate / 1e9, "GFLOP/s")]
+    rows = [Row("float32 matrix product", float(np.median(rate)) / 1e9, "GFLOP/s")]
     for name, step in steps.items():
+        # Ratios within a round, then their median: a slow spell of the machine hits both sides of a ratio.
         used = step.flops / times[name]
-        rows.append(Row(f"{name} ({step.parameters / 1e6:.0f} M)", step.tokens / times[name], "tokens/s"))
-        rows.append(Row(f"{name}, products", used / 1e9, "GFLOP/s", "float32 matrix product", used / rate))
+        utilisation = float(np.median(used / rate))
+        speed = step.tokens / float(np.median(times[name]))
+        rows.append(Row(f"{name} ({step.parameters / 1e6:.0f} M)", speed, "tokens/s"))
+        rows.append(
+            Row(f"{name}, products", float(np.median(used)) / 1e9, "GFLOP/s", "float32 matrix product", utilisation)
+        )
     return rows
 
 
